@@ -1,0 +1,1 @@
+"""How peers agree among themselves, without a server. See ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""What one volunteer runs: finetune on private data, fuse the shared backbone. See ARCHITECTURE.md."""
