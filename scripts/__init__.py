@@ -1,0 +1,1 @@
+"""Demonstrations and benchmarks; each file opens with the command that runs it."""
