@@ -1,0 +1,80 @@
+"""The DHT as a board: each peer pins its own signed heartbeat and reads those of the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgpack
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+
+from coordinator.membership import Membership
+from coordinator.network import Network
+from coordinator.records import MAX_RECORD_BYTES, PeerRecord, RecordError, Signed, open_signed
+
+logger = logging.getLogger(__name__)
+
+MAX_LIFETIME_SECONDS = 4000.0  # no record outlives the longest lease by much, whatever it claims
+
+
+def board_key(run_digest: str) -> str:
+    return f"{run_digest}/peers"
+
+
+class BoardValidator(RecordValidatorBase):
+    """Refuses what does not belong on the board, at every node that stores or relays it.
+
+    Under the board's key only the owner of a subkey (its peer id) can write, with a signed
+    heartbeat, for a bounded time; so nobody can overwrite, erase or lock another's record.
+    """
+
+    def __init__(self, run_digest: str, now: Callable[[], float] = Network.now) -> None:
+        self._key = DHTID.generate(source=board_key(run_digest)).to_bytes()
+        self._run_digest, self._now = run_digest, now
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            self._check(record)
+        except RecordError as error:
+            logger.debug("the board refused a record: %s", error)
+            return False
+        return True
+
+    def _check(self, record: DHTRecord) -> None:
+        if len(record.value) > MAX_RECORD_BYTES:
+            raise RecordError("too large")
+        if not record.expiration_time <= self._now() + MAX_LIFETIME_SECONDS:  # this way NaN is refused, too
+            raise RecordError("expires in the far future")
+        if record.key != self._key:
+            return
+        try:
+            owner, value = msgpack.unpackb(record.subkey), msgpack.unpackb(record.value)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise RecordError("not a dictionary entry") from error
+        if not isinstance(value, bytes):
+            raise RecordError("not bytes")
+        author, heartbeat = open_signed(value, PeerRecord)
+        if author != owner or heartbeat.run != self._run_digest:
+            raise RecordError("not its owner's heartbeat of this run")
+        if record.expiration_time > heartbeat.expires_at:
+            # Else anybody could pin an old heartbeat over its owner's newer ones: the last to expire wins.
+            raise RecordError("outlives the heartbeat")
+
+
+class Board:
+    def __init__(self, network: Network, run_digest: str) -> None:
+        self._network, self._key = network, board_key(run_digest)
+
+    async def publish(self, signed: Signed, *, expires_at: float) -> bool:
+        """`expires_at` is the heartbeat's own. Raises NetworkError."""
+        return await self._network.dht_store(
+            self._key, signed.peer_id, signed.to_bytes(), expires_at=expires_at
+        )
+
+    async def read_into(self, membership: Membership) -> None:
+        """Raises NetworkError."""
+        entries = await self._network.dht_get(self._key)
+        now = self._network.now()
+        for peer_id, value in entries.items():
+            membership.observe(value, now=now, claimed_by=peer_id)

@@ -1,0 +1,217 @@
+"""What the command lines share: flags of a run, of the network and of the output, and how errors end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from coordinator.errors import SpecError, SwarmError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NUM_ROUNDS = 30  # the paper's
+DEFAULT_ROUND_EXAMPLES = 4096
+EXIT_CODES = """exit codes:
+  0  ended as planned           4  the model cannot be used
+  1  an error without a code    5  the network: no entry point answers, p2p daemon dead
+  2  wrong flags or run spec    6  the output directory cannot be used
+  3  the data cannot be used    130 Ctrl-C, 143 SIGTERM: the checkpoint is kept
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts underscores for hyphens in flags, as Hugging Face users write them."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse(self, args: Sequence[str] | None) -> argparse.Namespace:
+        """`args`, or the command line."""
+        given = sys.argv[1:] if args is None else args
+        return self.parse_args([_hyphenated(arg) for arg in given])
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, title: str) -> None:
+    """Flags that become keys of the run spec; unset ones are None, so that a file or a default counts."""
+    group = parser.add_argument_group(title)
+    group.add_argument("--model", metavar="PATH_OR_ID", help="pretrained encoder: a directory, or a hub id")
+    group.add_argument("--revision", help="revision of the model on the hub")
+    group.add_argument("--run-name", help="name of the run (default: model and date)")
+    group.add_argument(
+        "--rounds", type=positive_int, metavar="N", help="rounds of the run (default: 30, the paper's)"
+    )
+    group.add_argument(
+        "--round-examples",
+        type=positive_int,
+        metavar="N",
+        help="examples that a peer finetunes on in a round (default: 4096)",
+    )
+    group.add_argument(
+        "--round-seconds", type=positive, metavar="S", help="the same as time; the first limit counts"
+    )
+    group.add_argument(
+        "--round-limit-seconds",
+        type=positive,
+        metavar="S",
+        help="a round waits at most so long for slow peers (default: 1800)",
+    )
+    group.add_argument(
+        "--min-peers",
+        type=positive_int,
+        metavar="N",
+        help="quorum: a round is fused by at least so many (default: 2)",
+    )
+    group.add_argument(
+        "--max-peers",
+        type=positive_int,
+        metavar="N",
+        help="at most so many train in a round; the draw is by lot (default: 64)",
+    )
+    group.add_argument(
+        "--aggregation",
+        choices=("mean", "trimmed_mean", "median"),
+        help="rule of the average (default: mean, the paper's)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=("uniform", "examples"),
+        help="what a peer counts: the same, or by its examples (default: uniform)",
+    )
+    group.add_argument(
+        "--max-weight",
+        type=positive,
+        metavar="W",
+        help="cap of a weight by examples, in round budgets (default: 4)",
+    )
+    group.add_argument("--compression", choices=("fp32", "fp16"), help="of what travels (default: fp32)")
+    group.add_argument(
+        "--lease-seconds",
+        type=positive,
+        metavar="S",
+        help="silence after which a peer counts as gone (default: 30)",
+    )
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--identity-path",
+        type=Path,
+        metavar="FILE",
+        help="key of this peer (default: identity.key in the output directory)",
+    )
+    group.add_argument(
+        "--host-maddrs",
+        nargs="+",
+        default=["/ip4/0.0.0.0/tcp/0"],
+        metavar="MADDR",
+        help="where to listen (default: /ip4/0.0.0.0/tcp/0, all interfaces, any port)",
+    )
+    group.add_argument(
+        "--announce-maddrs",
+        nargs="+",
+        default=[],
+        metavar="MADDR",
+        help="addresses to tell others, where they differ",
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object per line on standard output, and nothing else there",
+    )
+    group.add_argument(
+        "--log-level",
+        default="warning",
+        metavar="LEVEL",
+        help="debug, info, warning or error (default: warning)",
+    )
+    group.add_argument("--log-file", type=Path, metavar="FILE", help="the log with times, as well")
+
+
+def spec_options(
+    args: argparse.Namespace, *, seed: int, from_file: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Keys of the spec that a person chose: explicit flag beats file beats default."""
+    flags = {
+        "run_name": args.run_name,
+        "num_rounds": args.rounds,
+        "round_examples": args.round_examples,
+        "round_seconds": args.round_seconds,
+        "round_limit_seconds": args.round_limit_seconds,
+        "min_peers": args.min_peers,
+        "max_peers": args.max_peers,
+        "aggregation": args.aggregation,
+        "weights": args.weights,
+        "max_weight": args.max_weight,
+        "compression": args.compression,
+        "lease_seconds": args.lease_seconds,
+    }
+    options = {**(from_file or {}), **{key: value for key, value in flags.items() if value is not None}}
+    if options.get("round_examples") is None and options.get("round_seconds") is None:
+        options["round_examples"] = DEFAULT_ROUND_EXAMPLES
+    options.setdefault("num_rounds", DEFAULT_NUM_ROUNDS)
+    options.setdefault("created_at", round(time.time(), 3))
+    options.setdefault("seed", seed)
+    return options
+
+
+def default_run_name(model: str) -> str:
+    base = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).name).strip("._-") or "run"
+    return f"{base[:48]}-{datetime.now(UTC):%Y%m%d}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises SpecError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot read the run spec: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: not a TOML file: {error}") from error
+
+
+def run_main(main: Callable[[], int]) -> int:
+    """The outermost loop: a named error becomes its message and exit code, anything else a traceback."""
+    try:
+        return main()
+    except SwarmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:  # the one outermost place: say all that is known
+        logger.exception("unexpected error; please report it with this traceback")
+        return 1
+
+
+def _hyphenated(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value

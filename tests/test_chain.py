@@ -1,0 +1,188 @@
+"""Which commits count, and which of two chains wins?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.chain import Chain, build_chain, is_better, required_signatures, verify_commit
+from coordinator.records import GENESIS, RecordError, SignedCommit, signature_text
+from tests.fakes import NOW, extend, hash_of, identity, make_commit, make_spec, peer, peers, signed_by
+
+EMPTY = Chain(make_spec())
+ABC = ["a", "b", "c"]
+
+
+def test_a_chain_says_where_the_run_stands() -> None:
+    assert (EMPTY.round, EMPTY.tip, EMPTY.state_hash) == (0, GENESIS, EMPTY.spec.backbone_hash)
+    assert EMPTY.committed_at == EMPTY.spec.created_at
+    assert EMPTY.cohort == frozenset()
+    one = extend(EMPTY, ABC, committed_at=NOW)
+    assert (one.round, one.state_hash, one.committed_at) == (1, hash_of("round 1"), NOW)
+    assert one.tip == one.commits[0].commit.hash
+    assert one.cohort == set(peers(ABC))
+    assert build_chain(EMPTY.spec, one.commits) == one
+
+
+@pytest.mark.parametrize(("size", "needed"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3), (8, 5)])
+def test_more_than_half_must_sign(size: int, needed: int) -> None:
+    names = [str(n) for n in range(size)]
+    assert required_signatures(names) == needed
+    chain = Chain(make_spec(min_peers=1))
+    commit = make_commit(chain, names)
+    verify_commit(signed_by(commit, names[:needed]), chain)
+    with pytest.raises(RecordError, match=f"{needed - 1} of {size} signed; {needed} are needed"):
+        verify_commit(signed_by(commit, names[: needed - 1]), chain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"run": hash_of("other")}, "another run"),
+        ({"round": 2}, "does not follow"),
+        ({"previous": hash_of("other")}, "does not follow"),
+        ({"electorate": list(peers("aab"))}, "twice in the electorate"),
+    ],
+)
+def test_a_commit_that_does_not_fit(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecordError, match=reason):
+        extend(EMPTY, ABC, **changes)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c", "d", "e"]])
+def test_too_few_or_too_many_contributors(names: list[str]) -> None:
+    with pytest.raises(RecordError, match="the spec wants 2 to 4"):
+        extend(Chain(make_spec(max_peers=4)), names)
+
+
+def test_a_contributor_named_twice() -> None:
+    commit = make_commit(EMPTY, ABC)
+    twice = commit.model_copy(update={"contributors": [*commit.contributors, commit.contributors[0]]})
+    with pytest.raises(RecordError, match="contributor is named twice"):
+        verify_commit(signed_by(twice, ABC), EMPTY)
+
+
+def test_the_run_ends() -> None:
+    chain = extend(Chain(make_spec(num_rounds=1)), ABC)
+    with pytest.raises(RecordError, match="round 2 of a run of 1"):
+        extend(chain, ABC)
+
+
+def test_weights_are_the_specs() -> None:
+    chain = Chain(make_spec(weights="examples", max_weight=4.0))
+    good = extend(chain, ABC, num_examples={"a": 0, "b": 50, "c": 2**53})
+    assert [c.weight for c in good.commits[0].commit.contributors] == [0.01, 0.5, 4.0]
+    commit = make_commit(chain, ABC)
+    greedy = commit.contributors[0].model_copy(update={"weight": 1e30})
+    commit = commit.model_copy(update={"contributors": [greedy, *commit.contributors[1:]]})
+    with pytest.raises(RecordError, match=r"weight 1e\+30 is not what the spec gives"):
+        verify_commit(signed_by(commit, ABC), chain)
+
+
+def test_signatures_that_do_not_count() -> None:
+    commit = make_commit(EMPTY, ABC)
+    good = signed_by(commit, ABC)
+    other = make_commit(EMPTY, ABC, attempt=1)
+    for name, signature, reason in [
+        ("c", signature_text(other, identity("c")), "does not fit"),  # of another attempt
+        ("c", signature_text(commit, identity("b")), "does not fit"),  # of another peer
+        ("c", "", "does not fit"),
+        ("x", signature_text(commit, identity("x")), "no part in the round"),
+    ]:
+        signed = SignedCommit(commit=commit, signatures={**good.signatures, peer(name): signature})
+        with pytest.raises(RecordError, match=reason):
+            verify_commit(signed, EMPTY)
+
+
+def test_the_previous_round_elects() -> None:
+    """Newcomers contribute and may sign, but the majority is that of the previous cohort."""
+    one = extend(EMPTY, ABC)
+    commit = make_commit(one, ["a", "b", "x", "y", "z"], electorate=list(peers(ABC)))
+    verify_commit(signed_by(commit, ["a", "b", "x"]), one)
+    with pytest.raises(RecordError, match="1 of 3 signed"):
+        verify_commit(signed_by(commit, ["a", "x", "y", "z"]), one)
+    foreign = make_commit(one, ["a", "b", "x"], electorate=list(peers("abx")))
+    with pytest.raises(RecordError, match="not in the previous round"):
+        verify_commit(signed_by(foreign, "abx"), one)
+
+
+def test_a_shorter_electorate_follows_when_others_are_gone() -> None:
+    one = extend(EMPTY, ABC)
+    two = extend(one, ["c", "d"], electorate=list(peers("c")))
+    assert two.cohort == set(peers("cd"))
+
+
+def test_build_chain_checks_every_commit() -> None:
+    two = extend(extend(EMPTY, ABC), ABC)
+    with pytest.raises(RecordError, match="does not follow"):
+        build_chain(EMPTY.spec, two.commits[1:])
+    broken = two.commits[0].model_copy(update={"signatures": {}})
+    with pytest.raises(RecordError, match="0 of 3 signed"):
+        build_chain(EMPTY.spec, (broken, two.commits[1]))
+
+
+def test_a_chain_that_goes_on_is_better() -> None:
+    one = extend(EMPTY, ABC)
+    two = extend(one, ABC)
+    assert is_better(one, EMPTY)
+    assert is_better(two, one)
+    assert is_better(two, EMPTY)
+    assert not is_better(one, two)
+    assert not is_better(two, two)
+
+
+def test_fork_more_signed_contributions_since_the_fork_win() -> None:
+    common = extend(EMPTY, ["a", "b", "c", "d", "e"])
+    few = extend(common, ["a", "b"], electorate=list(peers("ab")), state_hash=hash_of("few"))
+    many = extend(common, ["c", "d", "e"], electorate=list(peers("cde")), state_hash=hash_of("many"))
+    assert is_better(many, few)
+    assert not is_better(few, many)
+    longer = extend(
+        few, ["a", "b"]
+    )  # 2 + 2 signed contributions against 3: not the length wins, but their sum
+    assert is_better(longer, many)
+
+
+def test_fork_bare_rounds_and_contributions_that_are_not_signed_win_nothing() -> None:
+    common = extend(EMPTY, ["a", "b", "c", "d"])
+    honest = extend(common, ["c", "d"], electorate=list(peers("cd")), state_hash=hash_of("honest"))
+    names = ["a", *"tuvwxyz"]
+    padded = extend(common, names, ["a"], electorate=list(peers("a")), state_hash=hash_of("padded"))
+    assert len(padded.commits[-1].commit.contributors) == 8
+    assert is_better(honest, padded)
+    assert not is_better(padded, honest)
+
+
+def test_fork_of_equal_weight_the_smaller_hash_wins() -> None:
+    forks = [extend(EMPTY, ABC, state_hash=hash_of(str(n))) for n in range(4)]
+    best = min(forks, key=lambda chain: chain.tip)
+    for fork in forks:
+        assert not is_better(fork, best)
+        assert is_better(best, fork) == (fork is not best)
+
+
+BRANCHES = st.lists(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=4, unique=True), max_size=3)
+
+
+@given(BRANCHES, BRANCHES)
+def test_of_two_chains_at_most_one_is_better(one: list[list[str]], other: list[list[str]]) -> None:
+    chains = []
+    for index, branch in enumerate((one, other)):
+        chain = extend(EMPTY, list("abcdef"))
+        for contributors in branch:
+            electorate = sorted(chain.cohort & set(peers(contributors))) or sorted(chain.cohort)
+            signers = {*contributors, *(name for name in "abcdef" if peer(name) in electorate)}
+            chain = extend(
+                chain,
+                contributors,
+                [name for name in "abcdef" if name in signers],
+                electorate=electorate,
+                state_hash=hash_of(f"{index} {contributors}"),
+            )
+        chains.append(chain)
+    first, second = chains
+    assert not (is_better(first, second) and is_better(second, first))
+    assert is_better(first, second) or is_better(second, first) or first.tip == second.tip

@@ -1,0 +1,251 @@
+"""What does a peer do now? `decide` with heartbeats, a chain and a fake clock; no network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.chain import Chain, required_signatures
+from coordinator.membership import Member
+from coordinator.rounds import (
+    Action,
+    Alone,
+    CatchUp,
+    Finetune,
+    Fuse,
+    Standing,
+    Stop,
+    Wait,
+    decide,
+    draw,
+    rank,
+    round_deadline,
+    training_deadline,
+)
+from tests.fakes import NOW, extend, hash_of, make_member, make_spec, peer, peers
+
+LIMIT = 1800.0
+EMPTY = Chain(make_spec(max_peers=4))
+ENTERED = NOW - 10.0
+
+
+def standing(name: str = "me", *, is_ready: bool = True, entered_at: float = ENTERED) -> Standing:
+    return Standing(peer(name), is_ready, entered_at)
+
+
+def ready(chain: Chain, names: str, **changes: Any) -> list[Member]:
+    return [make_member(chain, name, phase="ready", **changes) for name in names]
+
+
+def busy(chain: Chain, names: str, **changes: Any) -> list[Member]:
+    return [make_member(chain, name, phase="finetuning", **changes) for name in names]
+
+
+def in_phase(chain: Chain, names: str, phase: str) -> list[Member]:
+    return [make_member(chain, name, phase=phase) for name in names]
+
+
+def test_who_is_not_ready_finetunes_alone_or_not() -> None:
+    me = standing(is_ready=False)
+    assert decide(EMPTY, me, [], NOW) == Finetune()
+    assert decide(EMPTY, me, ready(EMPTY, "abc"), NOW) == Finetune()
+
+
+def test_ready_and_alone() -> None:
+    assert decide(EMPTY, standing(), [], NOW) == Alone()
+    bystanders = in_phase(EMPTY, "ab", "serving") + in_phase(EMPTY, "cd", "joining")
+    assert decide(EMPTY, standing(), bystanders, NOW) == Alone()
+
+
+def test_a_quorum_of_one_fuses_by_itself() -> None:
+    chain = Chain(make_spec(min_peers=1))
+    assert decide(chain, standing(), [], NOW) == Fuse((peer("me"),), (peer("me"),))
+
+
+def test_waits_for_those_who_finetune() -> None:
+    others = ready(EMPTY, "a") + busy(EMPTY, "b")
+    assert decide(EMPTY, standing(), others, NOW) == Wait("1 of 3 peers still finetune")
+    evaluating = in_phase(EMPTY, "b", "evaluating")
+    assert decide(EMPTY, standing(), ready(EMPTY, "a") + evaluating, NOW) == Wait(
+        "1 of 3 peers still finetune"
+    )
+
+
+def test_fuses_when_all_are_ready() -> None:
+    action = decide(EMPTY, standing(), ready(EMPTY, "ab"), NOW)
+    assert isinstance(action, Fuse)
+    assert set(action.members) == {peer("me"), *peers("ab")}
+    assert action.electorate == tuple(sorted(action.members))  # the first round: all who take part
+
+
+def test_the_deadline_closes_the_round_for_those_who_are_ready() -> None:
+    """It counts from when the quorum had entered: of 10, 20 and 30 s ago, with two peers, 20 s ago."""
+    chain = Chain(make_spec(created_at=0.0))
+    others = ready(chain, "a", entered_at=NOW - 20.0) + busy(chain, "b", entered_at=NOW - 30.0)
+    me = standing(entered_at=NOW - 10.0)
+    deadline = NOW - 20.0 + LIMIT
+    assert isinstance(decide(chain, me, others, deadline - 0.001), Wait)
+    action = decide(chain, me, others, deadline)
+    assert isinstance(action, Fuse)
+    assert set(action.members) == {peer("me"), peer("a")}
+    assert set(action.electorate) == {peer("me"), *peers("ab")}
+    assert training_deadline(chain, me, others) == deadline - 0.05 * LIMIT
+
+
+def test_the_deadline_counts_from_the_commit_when_that_is_later() -> None:
+    chain = extend(EMPTY, ["a", "b"], committed_at=NOW)
+    assert round_deadline(chain, [NOW - 50.0, NOW - 40.0]) == NOW + LIMIT
+    assert round_deadline(chain, [NOW + 5.0, NOW - 40.0, NOW + 7.0]) == NOW + 5.0 + LIMIT
+    assert round_deadline(chain, [NOW]) == math.inf  # below the quorum the round stays open
+
+
+def test_below_the_quorum_the_round_stays_open_beyond_its_deadline() -> None:
+    chain = Chain(make_spec(min_peers=3))
+    others = ready(chain, "a") + busy(chain, "b")
+    assert decide(chain, standing(), others, NOW + 10 * LIMIT) == Wait("2 of at least 3 peers are ready")
+
+
+def test_a_majority_of_the_previous_cohort_must_be_ready() -> None:
+    late = NOW + 10 * LIMIT
+    chain = extend(Chain(make_spec(max_peers=64)), ["a", "b", "c"])
+    others = ready(chain, "axy") + busy(chain, "bc")
+    assert decide(chain, standing(), others, late) == Wait("1 of the 2 peers who must sign are ready")
+    action = decide(chain, standing(), ready(chain, "abxy") + busy(chain, "c"), late)
+    assert isinstance(action, Fuse)
+    assert action.electorate == tuple(sorted(peers("abc")))
+
+
+def test_the_silent_of_the_previous_cohort_do_not_vote() -> None:
+    chain = extend(EMPTY, ["me", "a", "b", "c"])
+    action = decide(chain, standing(), ready(chain, "a"), NOW)  # b and c are beyond their lease
+    assert isinstance(action, Fuse)
+    assert action.electorate == tuple(sorted([peer("me"), peer("a")]))
+
+
+def test_when_all_of_the_previous_cohort_are_gone_those_who_train_vote() -> None:
+    chain = extend(EMPTY, ["x", "y"])
+    action = decide(chain, standing(), ready(chain, "a"), NOW)
+    assert isinstance(action, Fuse)
+    assert action.electorate == tuple(sorted([peer("me"), peer("a")]))
+
+
+@pytest.mark.parametrize("phase", ["waiting", "done", "joining", "serving"])
+def test_who_takes_no_part_holds_nobody_up(phase: str) -> None:
+    """Three of the previous four sit the round out, alive: they cannot sign what they do not compute."""
+    chain = extend(EMPTY, ["me", "a", "b", "c"])
+    action = decide(chain, standing(), ready(chain, "x") + in_phase(chain, "abc", phase), NOW)
+    assert isinstance(action, Fuse)
+    assert set(action.members) == {peer("me"), peer("x")}
+    assert action.electorate == (peer("me"),)
+
+
+def test_who_trains_on_another_commit_still_votes() -> None:
+    """It may be committing a round of which I know nothing: no commit without its side's majority."""
+    chain = extend(EMPTY, ["me", "a", "b"])
+    behind = [make_member(EMPTY, name, phase="ready") for name in "ab"]
+    action = decide(chain, standing(), behind + ready(chain, "x"), NOW)
+    assert action == Wait("1 of the 2 peers who must sign are ready")
+
+
+def test_more_peers_than_take_part_are_drawn_and_the_draw_cannot_stop_the_run() -> None:
+    """Seven are ready for four places; whoever is drawn, the drawn can commit by themselves."""
+    chain = extend(EMPTY, ["a", "b", "c", "d"])
+    everybody = "abcdefg"
+    drawn = draw(chain, peers(everybody))
+    assert len(drawn) == 4
+    for name in everybody:
+        others = ready(chain, everybody.replace(name, ""))
+        action = decide(chain, standing(name), others, NOW)
+        if peer(name) not in drawn:
+            assert action == Wait("not drawn this round")
+            continue
+        assert isinstance(action, Fuse)
+        assert action.members == drawn
+        assert set(action.electorate) == (set(drawn) & chain.cohort or set(drawn))
+
+
+def test_a_latecomer_to_a_full_round_trains_only_if_drawn() -> None:
+    chain = extend(EMPTY, ["a", "b", "c", "d"])
+    drawn = draw(chain, peers("abcdef"))
+    for name in "ef":
+        action = decide(chain, standing(name, is_ready=False), busy(chain, "abcdef".replace(name, "")), NOW)
+        assert action == (Finetune() if peer(name) in drawn else Wait("not drawn this round"))
+
+
+def test_catch_up_comes_first_and_known_commits_are_no_reason() -> None:
+    ahead = extend(EMPTY, ["a", "b"])
+    others = ready(EMPTY, "c") + busy(ahead, "ab")
+    assert decide(EMPTY, standing(), others, NOW) == CatchUp((peer("a"), peer("b")))
+    assert decide(EMPTY, standing(is_ready=False), others, NOW) == CatchUp((peer("a"), peer("b")))
+    action = decide(EMPTY, standing(), others, NOW, known_tips=[ahead.tip])
+    assert isinstance(action, Fuse)
+    behind = busy(EMPTY, "a")  # at round 0: nothing to learn from it
+    assert decide(ahead, standing(is_ready=False), behind, NOW) == Finetune()
+
+
+def test_the_run_ends_but_not_before_another_chain_is_looked_at() -> None:
+    done = extend(Chain(make_spec(num_rounds=1)), ["a", "b"])
+    assert decide(done, standing(), [], NOW) == Stop("all rounds are committed")
+    other = extend(Chain(done.spec), ["a", "c"], state_hash=hash_of("other"))
+    assert decide(done, standing(), busy(other, "c"), NOW) == CatchUp((peer("c"),))
+
+
+def test_the_leader_rotates_with_the_attempt() -> None:
+    fuse = Fuse(members=("x", "y", "z"), electorate=("x",))
+    assert [fuse.leader(attempt) for attempt in range(5)] == ["x", "y", "z", "x", "y"]
+
+
+def test_the_rank_is_drawn_anew_by_each_commit() -> None:
+    one = extend(EMPTY, ["a", "b"])
+    two = extend(EMPTY, ["a", "b"], state_hash=hash_of("other"))
+    orders = {tuple(sorted("abcdefgh", key=lambda n: rank(chain, peer(n)))) for chain in (EMPTY, one, two)}
+    assert len(orders) == 3
+
+
+PHASES = st.sampled_from(["ready", "finetuning", "evaluating", "waiting", "joining", "done", "absent"])
+
+
+@given(st.lists(PHASES, min_size=6, max_size=6), st.sampled_from([0.0, 10 * LIMIT]), st.booleans())
+def test_all_who_see_the_same_decide_the_same(phases: list[str], later: float, has_commit: bool) -> None:
+    chain = extend(EMPTY, ["a", "b", "c"]) if has_commit else EMPTY
+    members = {
+        name: make_member(chain, name, phase=phase)
+        for name, phase in zip("abcdef", phases, strict=True)
+        if phase != "absent"
+    }
+    groups: list[Fuse] = []
+    waits: list[Action] = []
+    for name, member in members.items():
+        if member.record.phase != "ready":
+            continue
+        others = sorted((m for n, m in members.items() if n != name), key=lambda m: m.peer_id)
+        action = decide(chain, standing(name), others, NOW + later)
+        (groups if isinstance(action, Fuse) else waits).append(action)  # type: ignore[arg-type]
+    assert len(set(groups)) <= 1
+    if groups:
+        [group] = set(groups)
+        assert len(groups) == len(group.members)  # every member agrees, and only members
+        assert 2 <= len(group.members) <= 4
+        assert len(set(group.members) & set(group.electorate)) >= required_signatures(group.electorate)
+        assert all(wait == Wait("not drawn this round") for wait in waits)
+
+
+@given(st.lists(PHASES, min_size=6, max_size=6))
+def test_after_the_deadline_only_peers_in_training_can_hold_a_round_up(phases: list[str]) -> None:
+    """Liveness: when everybody in training is ready, the round is fused, whatever the others do."""
+    phases = ["ready" if phase in ("finetuning", "evaluating") else phase for phase in phases]
+    chain = extend(EMPTY, ["a", "b", "c", "d"])
+    others = [
+        make_member(chain, name, phase=phase)
+        for name, phase in zip("abcdef", phases, strict=True)
+        if phase != "absent"
+    ]
+    action = decide(chain, standing(), others, NOW + 10 * LIMIT)
+    if phases.count("ready") == 0:
+        assert action == Alone()
+    else:
+        assert isinstance(action, Fuse) or action == Wait("not drawn this round")
