@@ -1,19 +1,16 @@
-"""Does every source of examples give the same task, and every bad one a message that helps?"""
+"""Do examples become the right task and splits, and bad ones a message that helps?"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import socket
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub.constants
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,9 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from coordinator.errors import DataError, UsageError
-from peer import data as data_module
 from peer.data import DataConfig, TaskData, load_task_data, tokenize
 from scripts.bad_input import BadFile, bad_files
+from tests.test_tables import save
 
 
 @pytest.fixture(autouse=True)
@@ -51,21 +48,6 @@ def load(data: str | Path, **options: Any) -> TaskData:
 
 def contents(loaded: TaskData) -> dict[str, list[dict[str, Any]]]:
     return {name: getattr(loaded, name).to_list() for name in ("train", "validation", "test")}
-
-
-def save(frame: pd.DataFrame, path: Path) -> Path:
-    match path.suffix:
-        case ".csv":
-            frame.to_csv(path, index=False)
-        case ".tsv":
-            frame.to_csv(path, index=False, sep="\t")
-        case ".jsonl":
-            frame.to_json(path, orient="records", lines=True)
-        case ".parquet":
-            frame.to_parquet(path)
-        case _:
-            Dataset.from_pandas(frame).save_to_disk(path)
-    return path
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -110,39 +92,7 @@ def test_fewer_training_examples_than_classes_are_refused(tmp_path: Path) -> Non
         load(save(reviews(), tmp_path / "a.csv"), max_train_examples=1)
 
 
-def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
-    save(reviews(), tmp_path / "train.csv")
-    save(reviews(), tmp_path / "train.jsonl")
-    with pytest.raises(DataError, match=r"'train.csv', 'train.jsonl'"):
-        load(tmp_path)
-
-
-def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(data_module, "HUB_TIMEOUT_SECONDS", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        start = time.monotonic()
-        with pytest.raises(DataError, match="cannot be reached") as caught:
-            load("someone/something")
-    assert time.monotonic() - start < 5
-    assert "someone/something" in str(caught.value)
-
-
 # Sources ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["a.tsv", "a.jsonl", "a.parquet", "saved"])
-def test_every_format_gives_what_csv_gives(tmp_path: Path, name: str) -> None:
-    frame = reviews()
-    frame.loc[3, "text"] = 'a "quoted", text\nof two lines, café 🎬 \u2028'
-    expected = load(save(frame, tmp_path / "b.csv"))
-    loaded = load(save(frame, tmp_path / name))
-    assert contents(loaded) == contents(expected)
-    assert loaded.task == expected.task
-    assert frame.loc[3, "text"] in [r["text"] for rows in contents(loaded).values() for r in rows]
 
 
 def test_a_folder_gives_its_splits_by_file_name(tmp_path: Path) -> None:
@@ -170,8 +120,6 @@ def test_a_saved_data_set_keeps_the_order_of_its_class_names(tmp_path: Path) -> 
     loaded = load(tmp_path / "saved", split="train")
     assert loaded.task.label_names == ("worst", "best")
     assert loaded.validation["label"][:] == [0, 1]
-    train.to_parquet(tmp_path / "a.parquet")  # the names travel in the metadata of the file
-    assert load(tmp_path / "a.parquet").task.label_names == ("worst", "best")
 
 
 def test_a_hub_data_set_with_withheld_test_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,32 +155,6 @@ def test_a_published_split_without_a_label_column_is_not_used(
     hub.save_to_disk(tmp_path / "own")
     with pytest.raises(DataError, match="split 'test' has no column for 'label'"):
         load(tmp_path / "own")
-
-
-def test_a_json_text_may_hold_a_line_separator_as_it_is(tmp_path: Path) -> None:
-    records = [{"text": f"one\u2028two\x85 {i}", "label": i % 2} for i in range(8)]
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
-    assert load(path).train[0]["text"].startswith("one\u2028two\x85")
-
-
-def test_a_tsv_with_plain_quotation_marks_is_read_as_it_is(tmp_path: Path) -> None:
-    lines = [
-        "sentence\tlabel",
-        '"quoted at the start only\t1',
-        "plain\t0",
-        '"again\t1',
-        'in the "middle" of\t0',
-    ]
-    loaded = load(write_csv(tmp_path / "a.tsv", *lines), test_fraction=0.25, validation_fraction=0.25)
-    texts = sorted(row["text"] for rows in contents(loaded).values() for row in rows)
-    assert texts == sorted(line.split("\t")[0] for line in lines[1:])
-
-
-def test_lines_are_counted_as_an_editor_counts(tmp_path: Path) -> None:
-    lines = ["\ufefftext,label\r", '"one\r', 'two",good\r', "\r", "three,bad\r", "four,\r", "five,good\r"]
-    with pytest.raises(DataError, match=r"line 6: no label"):
-        load(write_csv(tmp_path / "a.csv", *lines))
 
 
 def test_no_file_is_changed_and_no_cache_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
