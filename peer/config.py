@@ -1,0 +1,31 @@
+"""What one peer was told on its command line, as one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peer.data import DataConfig
+from peer.finetune import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class PeerConfig:
+    output_dir: Path  # checkpoints, model/, task_model/, rounds.jsonl, identity
+    data: DataConfig  # the private examples
+    finetune: FinetuneConfig = FinetuneConfig()  # how to train on them
+    initial_peers: tuple[str, ...] = ()  # entry points; empty: begin a swarm, or resume
+    run_digest: str | None = None  # the run to trust; None: ask the entry point
+    identity_path: Path | None = None  # None: identity.key in output_dir
+    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)  # where to listen
+    announce_maddrs: tuple[str, ...] = ()  # what to tell others, where it differs
+    num_rounds: int | None = None  # leave after so many committed rounds; None: the run's end
+    max_seconds: float | None = None  # leave after this time
+    linger_seconds: float = 60.0  # after the last round: serve the state, at most so long
+    eval_examples: int = 512  # held-out examples scored per backbone; twice as many fit the head
+    num_threads: int | None = None  # of the processor; None: all
+    seed: int = 0  # of this peer's own draws: batches, heads, splits
+
+    @property
+    def identity_file(self) -> Path:
+        return self.identity_path or self.output_dir / "identity.key"

@@ -1,0 +1,271 @@
+"""Where does a run come from? Made here from a model, or asked from an entry point and checked.
+
+What is served to others, by every peer: the spec, the model's config and tokenizer files, and the
+state, chunk by chunk. So the peer that began the run may go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coordinator.errors import ModelError, NetworkError, SpecError
+from coordinator.network import Network, PeerUnreachable
+from coordinator.records import RecordError, parse_json
+from coordinator.spec import MAX_SPEC_BYTES, RunSpec, parse_spec, validate_spec
+from coordinator.transfer import Piece, fetch_blob, serve_blobs
+from peer.layout import CHUNK_SIZE_BYTES, StateManifest, TensorLayout, flat_bytes, make_manifest
+from peer.model import load_backbone, model_files, resolve_model
+from peer.state import replace_directory
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_SECONDS = 10.0
+DOWNLOAD_TIMEOUT_SECONDS = 24 * 3600.0  # a stalled donor is left after 10 s; this only bounds the whole
+
+
+@dataclass(frozen=True)
+class State:
+    """A backbone with everything that is needed to check it and to serve it."""
+
+    manifest: StateManifest
+    flat: torch.Tensor  # (num_values,) float32; never changed in place once it is here
+
+    @property
+    def state_hash(self) -> str:
+        return self.manifest.state_hash
+
+    @classmethod
+    def of(cls, layout: TensorLayout, flat: torch.Tensor) -> State:
+        return cls(make_manifest(layout, flat), flat)
+
+
+def make_run(
+    model: str,
+    revision: str | None,
+    options: dict[str, Any],
+    base_dir: Path,
+    *,
+    source: str = "the run to begin",
+) -> tuple[RunSpec, State]:
+    """A new run of `model`: its spec and round 0. The model's data files are copied to `base_dir`.
+
+    `options`: the remaining keys of the spec. Raises ModelError, SpecError.
+    """
+    model_dir = resolve_model(model, revision)
+    state = State.of(*load_backbone(model_dir))
+    files = model_files(model_dir)
+    spec = validate_spec(
+        {
+            "model": model,
+            "revision": revision,
+            "backbone_hash": state.state_hash,
+            "num_parameters": state.manifest.layout.num_values,
+            "files": {name: {"sha256": f.sha256, "size_bytes": f.size_bytes} for name, f in files.items()},
+            **options,
+        },
+        source=source,
+    )
+    _copy_files(spec, model_dir, base_dir)
+    return spec, state
+
+
+def serve_run(
+    network: Network, spec: RunSpec, base_dir: Path, find_state: Callable[[str], State | None]
+) -> None:
+    """Answer others who ask for the spec, the model's files, or a state that `find_state(hash)` gives."""
+
+    async def on_spec(_peer_id: str, _body: Any) -> bytes:
+        return spec.to_toml().encode()
+
+    async def on_manifest(_peer_id: str, body: Any) -> bytes:
+        state = find_state(str(body.get("state"))) if isinstance(body, dict) else None
+        if state is None:
+            raise RecordError("not held here")
+        manifest = state.manifest
+        return json.dumps({"layout": manifest.layout.to_json(), "chunks": manifest.chunk_hashes}).encode()
+
+    def open_blob(key: str) -> memoryview | None:
+        kind, _, name = key.partition("/")
+        if kind == "state":
+            state = find_state(name)
+            return None if state is None else flat_bytes(state.flat)
+        if kind == "file" and name in spec.files:
+            return memoryview((base_dir / name).read_bytes())
+        return None
+
+    network.on_call("spec", on_spec)
+    network.on_call("manifest", on_manifest)
+    serve_blobs(network, spec.digest, open_blob)
+
+
+def ask_spec(network: Network, peer_ids: Sequence[str], digest: str | None) -> RunSpec:
+    """The spec from the first entry point that answers; it must have `digest` where one is given.
+
+    Raises SpecError for another run's spec, NetworkError when nobody answers.
+    """
+    for peer_id in peer_ids:
+        try:
+            reply = network.run(
+                network.call(peer_id, "spec", None, timeout_seconds=CALL_TIMEOUT_SECONDS),
+                timeout_seconds=2 * CALL_TIMEOUT_SECONDS,
+            )
+        except PeerUnreachable as error:
+            logger.warning("no run spec from an entry point: %s", error)
+            continue
+        spec = parse_spec(reply[: MAX_SPEC_BYTES + 1], source=f"the run spec of peer {peer_id[-8:]}")
+        if digest is not None and spec.digest != digest:
+            raise SpecError(
+                f"peer {peer_id[-8:]} is in run {spec.digest}, not in the run that --run names ({digest}); "
+                "check the address and the digest with whoever invited you"
+            )
+        return spec
+    raise NetworkError(
+        "no entry point gave its run spec; is it a peer of this program? Try another peer's address"
+    )
+
+
+def get_model_files(
+    network: Network,
+    spec: RunSpec,
+    base_dir: Path,
+    donors: Sequence[str],
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> Path | None:
+    """Config and tokenizer, from where they are: `base_dir`, the model's path or hub, else the peers.
+
+    Returns the directory of the model where it was found locally or on the hub (it has weights,
+    too), None when the files came from peers. Every file is checked against the spec.
+    Raises NetworkError when nobody has them. `check` is called while waiting, and may raise.
+    """
+    if _has_files(spec, base_dir):
+        return _local_model(spec)
+    model_dir = _local_model(spec)
+    if model_dir is not None:
+        _copy_files(spec, model_dir, base_dir)
+        return model_dir
+    replace_directory(base_dir, lambda directory: _download_files(network, spec, donors, directory, check))
+    return None
+
+
+def get_state(
+    network: Network,
+    spec: RunSpec,
+    state_hash: str,
+    donors: Sequence[str],
+    on_progress: Callable[[int, int], None],
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> State:
+    """Download a state and check it, chunk by chunk. Raises NetworkError when no donor has all of it.
+
+    `check` is called while waiting, and may raise to end it.
+    """
+    manifest = _get_manifest(network, spec, state_hash, donors)
+    total = manifest.layout.size_bytes
+    pieces = [
+        Piece(i * CHUNK_SIZE_BYTES, min(CHUNK_SIZE_BYTES, total - i * CHUNK_SIZE_BYTES), chunk_hash)
+        for i, chunk_hash in enumerate(manifest.chunk_hashes)
+    ]
+    fetch = fetch_blob(
+        network,
+        spec.digest,
+        f"state/{state_hash}",
+        pieces,
+        donors,
+        on_progress=lambda done: on_progress(done, total),
+    )
+    data = network.run(fetch, timeout_seconds=DOWNLOAD_TIMEOUT_SECONDS, check=check)
+    return State(manifest, torch.frombuffer(data, dtype=torch.float32))
+
+
+def load_first_state(spec: RunSpec, model_dir: Path) -> State | None:
+    """Round 0 from the pretrained weights of `model_dir`; None when they are not those of the spec."""
+    state = State.of(*load_backbone(model_dir))
+    if state.state_hash != spec.backbone_hash:
+        logger.warning("the weights in %s are not those of the run; asking the peers", model_dir)
+        return None
+    return state
+
+
+def _get_manifest(network: Network, spec: RunSpec, state_hash: str, donors: Sequence[str]) -> StateManifest:
+    for donor in donors:
+        try:
+            reply = network.run(
+                network.call(donor, "manifest", {"state": state_hash}, timeout_seconds=CALL_TIMEOUT_SECONDS),
+                timeout_seconds=2 * CALL_TIMEOUT_SECONDS,
+            )
+            manifest = _parse_manifest(reply)
+        except (PeerUnreachable, RecordError, ValueError) as error:
+            logger.warning("no state from %s: %s", donor[-8:], error)
+            continue
+        if manifest.state_hash == state_hash and manifest.layout.num_values == spec.num_parameters:
+            return manifest
+        logger.warning("no state from %s: its chunks do not belong to the state", donor[-8:])
+    raise NetworkError(f"none of {len(donors)} peers holds the state {state_hash[:12]}")
+
+
+def _parse_manifest(reply: bytes) -> StateManifest:
+    value = parse_json(reply, max_bytes=len(reply))
+    if not isinstance(value, dict) or set(value) != {"layout", "chunks"}:
+        raise RecordError("a manifest holds layout and chunks")
+    layout = TensorLayout.from_json(value["layout"])
+    chunks = value["chunks"]
+    if (
+        not isinstance(chunks, list)
+        or len(chunks) != layout.num_chunks
+        or not all(isinstance(c, str) for c in chunks)
+    ):
+        raise RecordError("the chunk hashes do not fit the layout")
+    return StateManifest(layout=layout, chunk_hashes=tuple(chunks))
+
+
+def _local_model(spec: RunSpec) -> Path | None:
+    try:
+        model_dir = resolve_model(spec.model, spec.revision)
+    except ModelError as error:
+        logger.info("the model is not to be had here: %s", error)
+        return None
+    if _has_files(spec, model_dir):
+        return model_dir
+    logger.warning("the model in %s is not the one of the run; asking the peers", model_dir)
+    return None
+
+
+def _has_files(spec: RunSpec, directory: Path) -> bool:
+    return all(_sha256(directory / name) == file.sha256 for name, file in spec.files.items())
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy_files(spec: RunSpec, model_dir: Path, base_dir: Path) -> None:
+    def write(directory: Path) -> None:
+        for name in spec.files:
+            shutil.copyfile(model_dir / name, directory / name)
+
+    if not _has_files(spec, base_dir):
+        replace_directory(base_dir, write)
+
+
+def _download_files(
+    network: Network, spec: RunSpec, donors: Sequence[str], directory: Path, check: Callable[[], None]
+) -> None:
+    for name, file in spec.files.items():
+        piece = Piece(0, file.size_bytes, file.sha256)
+        fetch = fetch_blob(network, spec.digest, f"file/{name}", [piece], donors)
+        data = network.run(fetch, timeout_seconds=DOWNLOAD_TIMEOUT_SECONDS, check=check)
+        (directory / name).write_bytes(data)

@@ -1,0 +1,290 @@
+"""Join a swarm, or begin one, with your own data.
+
+python -m peer.join --initial-peers ADDR [ADDR ...] --data FILE --output-dir DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coordinator.cli import (
+    EXIT_CODES,
+    Parser,
+    add_network_arguments,
+    add_output_arguments,
+    add_run_arguments,
+    default_run_name,
+    positive,
+    positive_int,
+    run_main,
+    spec_options,
+)
+from coordinator.errors import UsageError
+
+if TYPE_CHECKING:
+    from coordinator.spec import RunSpec
+    from peer.config import PeerConfig
+    from peer.genesis import State
+
+EPILOG = f"""examples:
+  join a swarm with a file of examples (columns text and label):
+    python -m peer.join --initial-peers /ip4/203.0.113.5/tcp/4001/p2p/12D3Koo... \\
+        --data reviews.csv --output-dir mine
+  the same, with sentence pairs and a separate file to validate on:
+    python -m peer.join --initial-peers ADDR --data train.jsonl --validation-data dev.jsonl \\
+        --text-column premise --text-pair-column hypothesis --label-column label --output-dir mine
+  begin a swarm; others join through the address that it prints:
+    python -m peer.join --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv --output-dir mine
+  go on after a stop, a crash or a power cut: the same command again.
+
+what you find in the output directory:
+  model/         the fused encoder: AutoModel.from_pretrained("DIR/model")
+  task_model/    your own classifier: pipeline("text-classification", model="DIR/task_model")
+  rounds.jsonl   what was measured in every round
+  run.toml       the run's spec, checkpoints/, identity.key (private: it is you)
+
+{EXIT_CODES}"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_main(lambda: _join(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m peer.join",
+        usage="python -m peer.join [--initial-peers ADDR ...] --data FILE --output-dir DIR [option ...]",
+        description="Finetune the swarm's shared model on your own data; the data never leaves.",
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "--initial-peers",
+        nargs="+",
+        default=[],
+        metavar="ADDR",
+        help="address of any peer of the swarm; none: begin a swarm",
+    )
+    parser.add_argument(
+        "--run",
+        metavar="DIGEST",
+        help="the run to trust (64 hex digits); default: ask the entry point, and print it",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="checkpoints and results; to resume, give it again",
+    )
+    parser.add_argument("--max-seconds", type=positive, metavar="S", help="leave after this time")
+    parser.add_argument(
+        "--linger-seconds",
+        type=positive,
+        default=60.0,
+        metavar="S",
+        help="after the last round: serve those that lack its state, at most so long (default: 60)",
+    )
+    _add_data_arguments(parser)
+    _add_training_arguments(parser)
+    add_network_arguments(parser)
+    add_output_arguments(parser)
+    add_run_arguments(
+        parser, title="a new run (without --initial-peers); --rounds N also with them: leave after N rounds"
+    )
+    return parser.parse(argv)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        "--train-file",
+        required=True,
+        metavar="FILE",
+        help="CSV, TSV, JSON lines, Parquet; folder of train/validation/test files; saved or hub data set",
+    )
+    group.add_argument(
+        "--validation-data", "--validation-file", metavar="FILE", help="default: cut from --data"
+    )
+    group.add_argument("--test-data", "--test-file", metavar="FILE", help="default: cut from --data")
+    group.add_argument(
+        "--dataset-config",
+        "--dataset-config-name",
+        metavar="NAME",
+        help="config of a hub data set, such as sst2 of glue",
+    )
+    group.add_argument("--split", metavar="NAME", help="split to train on, if it is not called train")
+    group.add_argument("--text-column", metavar="NAME", help="default: guessed, and said")
+    group.add_argument("--text-pair-column", metavar="NAME", help="second text of sentence pairs")
+    group.add_argument("--label-column", metavar="NAME", help="class, or number for regression")
+    group.add_argument("--task", choices=("auto", "classification", "regression"), default="auto")
+    group.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="of the examples, where there is no file (default: 0.1)",
+    )
+    group.add_argument(
+        "--test-fraction", type=float, default=0.1, metavar="F", help="the same (default: 0.1)"
+    )
+    group.add_argument(
+        "--max-train-examples",
+        "--max-train-samples",
+        type=positive_int,
+        metavar="N",
+        help="a stratified sample of the training data",
+    )
+    group.add_argument(
+        "--eval-examples",
+        "--max-eval-samples",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="held-out examples scored per backbone (default: 512)",
+    )
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("finetuning (Hugging Face names)")
+    group.add_argument(
+        "--learning-rate", type=float, metavar="LR", help="at the start of a round (default: 5e-5)"
+    )
+    group.add_argument(
+        "--per-device-train-batch-size", "--batch-size", type=int, metavar="N", help="default: 32"
+    )
+    group.add_argument("--gradient-accumulation-steps", type=int, metavar="N", help="default: 1")
+    group.add_argument("--weight-decay", type=float, metavar="W")
+    group.add_argument("--warmup-ratio", type=float, metavar="F")
+    group.add_argument(
+        "--lr-scheduler-type", choices=("linear", "constant", "cosine"), help="default: linear"
+    )
+    group.add_argument("--max-grad-norm", type=float, metavar="G")
+    group.add_argument(
+        "--max-length", "--max-seq-length", type=int, metavar="N", help="tokens of a text (default: 128)"
+    )
+    group.add_argument(
+        "--head-init",
+        choices=("probe", "keep", "fresh"),
+        help="head at the start of a round: fitted, kept, or new as in the paper (default: probe)",
+    )
+    group.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor supports it"
+    )
+    group.add_argument(
+        "--early-stopping",
+        action=argparse.BooleanOptionalAction,
+        help="the paper's rule: no gain of 0.001 in 256K examples",
+    )
+    group.add_argument("--early-stopping-examples", type=int, metavar="N")
+    group.add_argument("--early-stopping-gain", type=float, metavar="G")
+    group.add_argument("--use-cpu", action=argparse.BooleanOptionalAction, help="even where there is a GPU")
+    group.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="processor threads (default: all; share them between peers of one machine)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of this peer's own draws (default: 0)")
+
+
+def _join(args: argparse.Namespace) -> int:
+    # Imported after the flags are read: torch and transformers take seconds, --help should not.
+    # The data come first: what is wrong with them is told before anything slow is even imported.
+    from peer.data import load_task_data
+    from peer.display import Reporter, claim_stdout, setup_logging
+
+    setup_logging(args.log_level, args.log_file)
+    reporter = Reporter(args.json, stream=claim_stdout() if args.json else None)
+    if not (args.initial_peers or args.model or (args.output_dir / "run.toml").exists()):
+        raise UsageError("give --initial-peers to join a swarm, or --model to begin one")
+    config = _make_config(args)
+    data = load_task_data(config.data)
+    for note in data.notes:
+        reporter.note(note)
+
+    from peer.session import Session
+    from peer.state import CheckpointStore
+    from peer.stopping import StopSwitch
+
+    with StopSwitch(args.max_seconds).listening() as stop, CheckpointStore(config.output_dir) as store:
+        spec, state = _begin_run(args, config, store)
+        Session(config, data, store, reporter, stop).run(spec, state)
+    return stop.exit_code
+
+
+def _make_config(args: argparse.Namespace) -> PeerConfig:
+    from peer.config import PeerConfig
+    from peer.data import DataConfig
+    from peer.finetune import FinetuneConfig
+
+    data = DataConfig(
+        data=args.data,
+        validation_data=args.validation_data,
+        test_data=args.test_data,
+        dataset_config=args.dataset_config,
+        split=args.split,
+        text_column=args.text_column,
+        text_pair_column=args.text_pair_column,
+        label_column=args.label_column,
+        task=args.task,
+        validation_fraction=args.validation_fraction,
+        test_fraction=args.test_fraction,
+        max_train_examples=args.max_train_examples,
+        max_eval_examples=args.eval_examples,
+        seed=args.seed,
+    )
+    chosen: dict[str, Any] = {
+        name: value
+        for name in FinetuneConfig.__dataclass_fields__
+        if (value := getattr(args, name, None)) is not None
+    }
+    return PeerConfig(
+        output_dir=args.output_dir,
+        data=data,
+        finetune=FinetuneConfig(**chosen),
+        initial_peers=tuple(args.initial_peers),
+        run_digest=_digest(args.run),
+        identity_path=args.identity_path,
+        host_maddrs=tuple(args.host_maddrs),
+        announce_maddrs=tuple(args.announce_maddrs),
+        num_rounds=args.rounds if args.initial_peers else None,
+        max_seconds=args.max_seconds,
+        linger_seconds=args.linger_seconds,
+        eval_examples=args.eval_examples,
+        num_threads=args.threads,
+        seed=args.seed,
+    )
+
+
+def _digest(text: str | None) -> str | None:
+    if text is not None and (len(text) != 64 or set(text) - set("0123456789abcdef")):
+        raise UsageError(
+            f"--run {text[:80]}: a digest has 64 hexadecimal digits, as the entry point printed them"
+        )
+    return text
+
+
+def _begin_run(
+    args: argparse.Namespace, config: PeerConfig, store: Any
+) -> tuple[RunSpec | None, State | None]:
+    """The spec and the first state of a new run; (None, None) when there is one to join or to resume."""
+    from peer.genesis import make_run
+
+    if config.initial_peers or store.run_digest is not None:
+        return None, None
+    if args.model is None:
+        raise UsageError(
+            f"{config.output_dir} holds no checkpoint to resume; give --initial-peers or --model"
+        )
+    options = spec_options(args, seed=args.seed)
+    options.setdefault("run_name", default_run_name(args.model))
+    return make_run(args.model, args.revision, options, config.output_dir / "base")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

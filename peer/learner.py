@@ -1,0 +1,158 @@
+"""What does a peer do with its own data? One contributor's round of ColD Fusion, without a network.
+
+    evaluate the round's base model  ->  start the head  ->  finetune  ->  delta  ->  score own and fused
+
+The same object serves a real peer and a simulated one. Head, labels and label names stay in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peer.data import TaskData, tokenize
+from peer.evaluate import Features, extract_features, head_only_score, init_head
+from peer.finetune import Budget, FinetuneConfig, FinetuneResult, finetune
+from peer.layout import TensorLayout
+from peer.model import (
+    export_backbone,
+    final_linear,
+    head_state,
+    import_backbone,
+    load_classifier,
+    load_head_state,
+    load_tokenizer,
+    reset_head,
+    save_task_model,
+)
+from peer.tasks import Task, score
+
+Progress = Callable[[float], None]  # gets the fraction done
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A backbone, scored on the held-out split."""
+
+    head_only: float  # accuracy or Pearson r of a linear probe on mean-pooled features
+    classifier: float  # the same of the classifier as it stands, with its own head
+
+
+class Learner:
+    """The model, the head and the tokenized data of one peer. Not thread-safe."""
+
+    def __init__(
+        self,
+        data: TaskData,
+        model_dir: Path,
+        layout: TensorLayout,
+        flat: torch.Tensor,
+        config: FinetuneConfig,
+        *,
+        eval_examples: int,
+        seed: int,
+        on_progress: Progress = lambda _: None,
+    ) -> None:
+        """`model_dir` holds config and tokenizer; `flat` (num_values,) is the backbone to begin with."""
+        self.task: Task = data.task
+        self._config, self._seed, self._layout = config, seed, layout
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_dir)
+        self.model: PreTrainedModel = load_classifier(
+            model_dir, data.task, seed=seed, backbone=(layout, flat)
+        )
+        self._held_out = self._tokenize(data.validation, lambda f: on_progress(0.2 * f))
+        self._train = self._tokenize(data.train, lambda f: on_progress(0.2 + 0.8 * f))
+        self._probe_train = _sample(self._train, 2 * eval_examples, seed)
+
+    def load_backbone(self, flat: torch.Tensor) -> None:
+        import_backbone(self.model, self._layout, flat)
+
+    def export_backbone(self) -> torch.Tensor:
+        """(num_values,) float32 copy."""
+        return export_backbone(self.model, self._layout)
+
+    def head_state(self) -> dict[str, torch.Tensor]:
+        return head_state(self.model)
+
+    def load_head_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        load_head_state(self.model, state)
+
+    def evaluate_base(self, round_: int, *, on_progress: Progress = lambda _: None) -> Evaluation:
+        """Score the backbone that a round begins with, and leave the head where that round begins.
+
+        That is: fitted to the backbone (`probe`; Kumar et al. 2022), as the last round left it
+        (`keep`), or drawn anew (`fresh`, the paper's).
+        """
+        if self._config.head_init == "fresh":
+            reset_head(self.model, self._seed + round_)
+        return self._evaluate(fit_head=self._config.head_init == "probe", on_progress=on_progress)
+
+    def evaluate_own(self, *, on_progress: Progress = lambda _: None) -> Evaluation:
+        """Score the finetuned backbone, with the head that was finetuned with it."""
+        return self._evaluate(fit_head=False, on_progress=on_progress)
+
+    def _evaluate(self, *, fit_head: bool, on_progress: Progress) -> Evaluation:
+        share = len(self._probe_train) / (len(self._probe_train) + len(self._held_out))
+        train = self._features(self._probe_train, lambda f: on_progress(f * share))
+        held_out = self._features(self._held_out, lambda f: on_progress(share + f * (1 - share)))
+        if fit_head:
+            probe = init_head(self.model, self.task, train, self._seed)
+            logits = probe.predict(held_out.head_input)
+        else:
+            logits = self._logits(held_out)
+        return Evaluation(
+            head_only=head_only_score(self.task, train, held_out),
+            classifier=score(self.task, logits, held_out.labels),
+        )
+
+    def finetune(
+        self,
+        budget: Budget,
+        *,
+        round_: int,
+        part: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Progress = lambda _: None,
+    ) -> FinetuneResult:
+        """One budget, in place; `part` counts the budgets of a round that lasts longer (a peer alone)."""
+        return finetune(
+            self.model,
+            self._train,
+            self.tokenizer,
+            self._config,
+            budget,
+            seed=self._seed + 1_000 * round_ + part,
+            validation=self._held_out,
+            should_stop=should_stop,
+            on_progress=on_progress,
+        )
+
+    def save_task_model(self, directory: Path) -> None:
+        save_task_model(self.model, self.tokenizer, directory)
+
+    def _tokenize(self, split: Dataset, on_progress: Progress) -> Dataset:
+        length, is_pair = self._config.max_length, self.task.is_pair
+        return tokenize(split, self.tokenizer, length, is_pair=is_pair, on_progress=on_progress)
+
+    def _features(self, dataset: Dataset, on_progress: Progress) -> Features:
+        bf16 = self._config.bf16
+        return extract_features(self.model, dataset, self.tokenizer, bf16=bf16, on_progress=on_progress)
+
+    @torch.no_grad()
+    def _logits(self, features: Features) -> np.ndarray:
+        """(n, num_labels): what the classifier says, from the features that its last Linear sees."""
+        last = final_linear(self.model)
+        head_input = torch.from_numpy(features.head_input).to(last.weight.device)
+        logits: np.ndarray = last(head_input).float().cpu().numpy()
+        return logits
+
+
+def _sample(dataset: Dataset, num_examples: int, seed: int) -> Dataset:
+    order = np.random.default_rng(seed).permutation(len(dataset))[:num_examples]
+    return dataset.select(np.sort(order))

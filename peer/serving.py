@@ -1,0 +1,121 @@
+"""An entry point: begins a run, or takes up one begun earlier, and serves its spec, files and first state."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from coordinator.agreement import Agreement
+from coordinator.board import BoardValidator
+from coordinator.chain import Chain
+from coordinator.errors import SpecError, UsageError
+from coordinator.identity import load_identity
+from coordinator.network import Network, NetworkConfig
+from coordinator.spec import RunSpec, load_spec
+from peer.display import Reporter
+from peer.genesis import State, load_first_state, make_run, serve_run
+from peer.model import resolve_model
+from peer.state import CheckpointStore, recover_directory, write_text
+from peer.stopping import StopRequested, StopSwitch
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 1.0
+_COMPUTED_KEYS = ("backbone_hash", "num_parameters", "files")
+
+
+class EntryPoint:
+    def __init__(
+        self,
+        output_dir: Path,
+        values: dict[str, Any],
+        *,
+        explicit: dict[str, Any],
+        source: str,
+        identity_path: Path,
+        host_maddrs: tuple[str, ...],
+        announce_maddrs: tuple[str, ...],
+        reporter: Reporter,
+        stop: StopSwitch,
+    ) -> None:
+        """`values`: keys of the spec, from `source`; `explicit`: those that the person chose now."""
+        self._source = source
+        self._dir, self._values, self._explicit = output_dir, values, explicit
+        self._identity_path, self._reporter, self._stop = identity_path, reporter, stop
+        self._maddrs = host_maddrs, announce_maddrs
+
+    def serve(self) -> None:
+        """Until told to stop, or until the run is over. Raises SwarmError."""
+        with CheckpointStore(self._dir):  # one process per directory
+            recover_directory(self._dir / "base")
+            spec, state = self._open_run()
+            identity = load_identity(self._identity_path)
+            config = NetworkConfig(identity, host_maddrs=self._maddrs[0], announce_maddrs=self._maddrs[1])
+            with Network(config) as network:
+                agreement = Agreement(network, identity, Chain(spec), serves_only=True)
+                find = {state.state_hash: state}.get
+                serve_run(network, spec, self._dir / "base", find)
+                network.run(network.start_dht(BoardValidator(spec.digest)), timeout_seconds=60.0)
+                network.run(agreement.start(), timeout_seconds=15.0)
+                self._reporter.started(network.run(network.addresses(), timeout_seconds=15.0), spec.digest)
+                try:
+                    reason = self._watch(network, agreement)
+                except StopRequested as stopped:
+                    reason = str(stopped)
+                network.run(agreement.leave(), timeout_seconds=15.0)
+            self._reporter.stopped(agreement.chain.round, reason)
+
+    def _watch(self, network: Network, agreement: Agreement) -> str:
+        """Follow the chain, telling which rounds are committed; returns when the run is over."""
+        while True:
+            self._stop.wait(WATCH_SECONDS)
+            found = network.run(agreement.better_chain(), timeout_seconds=60.0)
+            if found is not None:
+                chain = found[0]
+                num_peers = len(chain.commits[-1].commit.contributors)
+                self._reporter.note(f"round {chain.round} was committed by {num_peers} peers")
+                network.run(_follow(agreement, chain), timeout_seconds=15.0)
+            if agreement.chain.round >= agreement.chain.spec.num_rounds and not agreement.live():
+                return "the run is over"
+
+    def _open_run(self) -> tuple[RunSpec, State]:
+        path = self._dir / "run.toml"
+        if path.exists():
+            return self._reopen(load_spec(path))
+        complete = all(key in self._values for key in _COMPUTED_KEYS)
+        options = {
+            key: value
+            for key, value in self._values.items()
+            if key not in (*_COMPUTED_KEYS, "model", "revision")
+        }
+        spec, state = make_run(
+            self._values["model"],
+            self._values.get("revision"),
+            options,
+            self._dir / "base",
+            source=self._source,
+        )
+        if complete and any(spec.model_dump(mode="json")[key] != self._values[key] for key in _COMPUTED_KEYS):
+            raise SpecError(f"the model {spec.model} is not the one whose hashes the spec file holds")
+        write_text(path, spec.to_toml())
+        return spec, state
+
+    def _reopen(self, spec: RunSpec) -> tuple[RunSpec, State]:
+        stored = spec.model_dump(mode="json")
+        changed = [key for key, value in self._explicit.items() if stored.get(key) != value]
+        if changed:
+            raise UsageError(
+                f"{self._dir} holds the run {spec.run_name} already, with another {', '.join(changed)}; "
+                "a run's spec is frozen: choose another --output-dir for a new run"
+            )
+        self._reporter.note(f"serving the run {spec.run_name} again, which was begun in {self._dir}")
+        state = load_first_state(spec, resolve_model(spec.model, spec.revision))
+        if state is None:
+            raise SpecError(f"the model {spec.model} has changed since the run {spec.run_name} was begun")
+        return spec, state
+
+
+async def _follow(agreement: Agreement, chain: Chain) -> None:
+    agreement.adopt(chain)
+    await agreement.set_phase("serving")  # said to all at once: peers that are done wait for it

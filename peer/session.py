@@ -1,0 +1,610 @@
+"""The round, top to bottom: the only module in which network and training meet.
+
+enter:   spec -> data -> state (own checkpoint, the swarm's, or the pretrained one)
+round:   catch up -> evaluate and start the head -> finetune -> ready -> fuse -> commit -> keep
+leave:   linger until the others have the state -> say goodbye
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coordinator.agreement import Agreement, Committed, Group, LeftAlone, Overtaken
+from coordinator.board import BoardValidator
+from coordinator.chain import Chain, build_chain
+from coordinator.errors import NetworkError, SpecError, StateError, SwarmError, UsageError
+from coordinator.identity import load_identity
+from coordinator.network import Network, NetworkConfig
+from coordinator.records import SignedCommit, parse_record
+from coordinator.rounds import CatchUp, Finetune, Stop
+from coordinator.spec import RunSpec, load_spec
+from peer.allreduce import AllReduceService, Reduced
+from peer.config import PeerConfig
+from peer.data import TaskData
+from peer.display import Accuracy, ProgressBar, Reporter
+from peer.finetune import Budget
+from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
+from peer.layout import TensorLayout
+from peer.learner import Evaluation, Learner
+from peer.model import export_model
+from peer.state import (
+    Checkpoint,
+    CheckpointStore,
+    append_json_line,
+    recover_directory,
+    repair_json_lines,
+    replace_directory,
+    write_model_card,
+    write_text,
+)
+from peer.stopping import StopRequested, StopSwitch
+
+logger = logging.getLogger(__name__)
+
+SHORT_SECONDS = 15.0  # for what takes milliseconds in the network's thread
+MAX_KNOWN_ADDRESSES = 64
+ENTRY_ATTEMPTS = 5
+
+
+@dataclass
+class _RoundLog:
+    """What `rounds.jsonl` says of a round; seconds by phase."""
+
+    round: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_examples: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    own: Evaluation | None = None
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(phase, time.monotonic() - started)
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 4)
+
+
+@dataclass
+class _FuseClock:
+    """Instants of one call of `fuse`, by time.monotonic(); of the last attempt where there were several."""
+
+    started: float = field(default_factory=time.monotonic)
+    reduce_started: float = 0.0
+    reduce_ended: float = 0.0
+    ended: float = 0.0
+
+    def stop(self) -> None:
+        self.ended = time.monotonic()
+
+
+class Session:
+    """One peer in one run, from entering to leaving. `run` returns the reason for which it ended."""
+
+    def __init__(
+        self, config: PeerConfig, data: TaskData, store: CheckpointStore, reporter: Reporter, stop: StopSwitch
+    ) -> None:
+        self._config, self._data, self._store = config, data, store
+        self._reporter, self._stop = reporter, stop
+        self._dir = config.output_dir
+        self._pending: State | None = None  # the last result of an all-reduce, committed or not
+        self._previous: State | None = None  # of the round before, for those who are downloading it
+        self._kept_delta: torch.Tensor | None = None  # of a round that was committed without it
+        self._best_task_score: float | None = None
+        self._base: Evaluation | None = None  # of the current state
+        self._is_entered = self._is_connected = False
+        self._log = _RoundLog(0)
+        self._rounds_left = config.num_rounds
+        for name in ("model", "task_model", "base"):
+            recover_directory(self._dir / name)
+        repair_json_lines(self._dir / "rounds.jsonl")
+
+    def run(self, spec: RunSpec | None = None, first_state: State | None = None) -> str:
+        """Take part until the run, this peer's rounds or its time are over, or it is told to stop.
+
+        `spec` and `first_state` are given by the peer that begins the run. Raises SwarmError.
+        """
+        checkpoint = self._store.load()
+        if spec is None and (self._dir / "run.toml").exists() and checkpoint is not None:
+            spec = load_spec(self._dir / "run.toml")
+        with Network(self._network_config()) as self._network:
+            try:
+                self._enter(spec, first_state, checkpoint)
+                reason = self._take_part()
+            except StopRequested as stopped:
+                reason = str(stopped)
+                self._save_checkpoint_if_entered()
+            self._leave()
+        self._reporter.stopped(self._round if self._is_connected else 0, reason)
+        return reason
+
+    # entering
+
+    def _network_config(self) -> NetworkConfig:
+        config = self._config
+        return NetworkConfig(
+            identity=load_identity(config.identity_file),
+            host_maddrs=config.host_maddrs,
+            announce_maddrs=config.announce_maddrs,
+            initial_peers=config.initial_peers,
+            remembered_peers=_load_addresses(self._dir / "known_peers.json"),
+        )
+
+    def _enter(self, spec: RunSpec | None, first_state: State | None, checkpoint: Checkpoint | None) -> None:
+        self.spec = spec = self._trusted_spec(spec)
+        write_text(self._dir / "run.toml", spec.to_toml())
+        self._agreement = Agreement(self._network, load_identity(self._config.identity_file), Chain(spec))
+        serve_run(self._network, spec, self._dir / "base", self._find_state)
+        self._in_network(self._network.start_dht(BoardValidator(spec.digest)), seconds=60.0)
+        self._allreduce = AllReduceService(self._network.p2p, namespace=f"cold-fusion-1/{spec.digest[:16]}")
+        self._in_network(self._allreduce.start())
+        self._in_network(self._agreement.start())
+        self._is_connected = True
+        self._state = self._enter_state(spec, first_state, checkpoint)
+        self._make_learner(checkpoint)
+        self._is_entered = True
+        addresses = self._in_network(self._network.addresses())
+        if not self._config.initial_peers:
+            self._reporter.started(addresses, spec.digest)
+        self._reporter.joined(self._network.peer_id, addresses, self._round)
+        self._save_checkpoint_if_entered()
+
+    def _trusted_spec(self, own: RunSpec | None) -> RunSpec:
+        """Of the run that this directory holds, or that begins here; else of the entry point's.
+
+        Raises SpecError when --run names another one, StateError when the entry point is in another one.
+        """
+        wanted = self._config.run_digest
+        if own is not None and wanted not in (None, own.digest):
+            raise SpecError(f"{self._dir} holds the run {own.digest}, not {wanted}, which --run names")
+        if not self._network.entry_points:
+            if own is None:
+                raise UsageError(
+                    "there is no entry point to ask for the run, and none in the output directory"
+                )
+            return own
+        spec = ask_spec(self._network, self._network.entry_points, wanted)
+        if own is not None and spec.digest != own.digest:
+            raise StateError(
+                f"{self._dir} holds the run {own.run_name} ({own.digest[:12]}), the entry point is in "
+                f"{spec.run_name} ({spec.digest[:12]}); choose another --output-dir for it"
+            )
+        if own is None and wanted is None:
+            self._reporter.note(f"the entry point is in run {spec.run_name}, digest {spec.digest}")
+        return spec
+
+    def _enter_state(self, spec: RunSpec, first: State | None, checkpoint: Checkpoint | None) -> State:
+        """The newest state there is: of the swarm, else of the own checkpoint, else the first one."""
+        donors = tuple(self._network.entry_points) + tuple(m.peer_id for m in self._agreement.live())
+        model_dir = get_model_files(self._network, spec, self._dir / "base", donors)
+        if checkpoint is not None:
+            chain = build_chain(spec, [parse_record(commit, SignedCommit) for commit in checkpoint.commits])
+            first = State.of(checkpoint.layout, checkpoint.flat)
+            self._in_network(self._adopt(chain))
+            self._kept_delta = checkpoint.kept_delta
+            self._best_task_score = checkpoint.extra.get("best_task_score")
+            self._reporter.note(f"resumed at round {chain.round}")
+        for attempts_left in reversed(range(ENTRY_ATTEMPTS)):
+            try:
+                return self._newest_state(spec, first, model_dir, donors)
+            except NetworkError as error:  # the swarm may have moved on while it was downloaded
+                if not attempts_left:
+                    raise
+                logger.warning("%s; trying again", error)
+                self._stop.wait(2.0)
+        raise NetworkError("the state was never tried")
+
+    def _newest_state(
+        self, spec: RunSpec, first: State | None, model_dir: Path | None, donors: tuple[str, ...]
+    ) -> State:
+        found = self._in_network(self._agreement.better_chain(), seconds=60.0)
+        if found is not None:
+            chain, holders = found
+            state = self._download(chain, holders)
+            self._in_network(self._adopt(chain))
+            return state
+        if first is None and model_dir is not None:
+            first = load_first_state(spec, model_dir)
+        return first or self._download(Chain(spec), self._agreement.donors(spec.backbone_hash) or donors)
+
+    def _make_learner(self, checkpoint: Checkpoint | None) -> None:
+        if self._config.num_threads is not None:
+            torch.set_num_threads(self._config.num_threads)
+        with self._reporter.progress("tokenizing", 1.0) as bar:
+            self._learner = Learner(
+                self._data,
+                self._dir / "base",
+                self._state.manifest.layout,
+                self._state.flat,
+                self._config.finetune,
+                eval_examples=self._config.eval_examples,
+                seed=self._config.seed,
+                on_progress=self._stop.checking(bar.update),
+            )
+        if checkpoint is not None and checkpoint.head:
+            self._learner.load_head_state(checkpoint.head)
+
+    # taking part
+
+    @property
+    def _round(self) -> int:
+        return self._agreement.chain.round
+
+    @property
+    def _layout(self) -> TensorLayout:
+        return self._state.manifest.layout
+
+    def _take_part(self) -> str:
+        while True:
+            self._stop.check()
+            self._check_daemon()
+            if self._rounds_left is not None and self._rounds_left <= 0:
+                return f"took part in {self._config.num_rounds} rounds"
+            match self._agreement.decide():
+                case Stop(reason=reason):
+                    return reason
+                case CatchUp():
+                    self._catch_up()
+                case Finetune():
+                    self._one_round()
+                case _:
+                    self._in_network(self._agreement.set_phase("waiting"))
+                    self._stop.wait(1.0)
+
+    def _one_round(self) -> None:
+        """Finetune from the committed state and fuse; ends with a commit, or overtaken by one."""
+        self._log = log = _RoundLog(self._round + 1)
+        self._reporter.round_started(log.round)
+        self._in_network(self._agreement.set_phase("finetuning", entered_at=Network.now()))
+        base = self._evaluate_base(log)
+        if self._kept_delta is not None:
+            self._learner.load_backbone(self._state.flat + self._kept_delta)
+            self._kept_delta = None
+        part = 0
+        while True:
+            self._finetune(log, part)
+            self._previous = None
+            delta = self._learner.export_backbone()
+            delta -= self._state.flat
+            outcome = self._fuse(delta, log)
+            if isinstance(outcome, LeftAlone):
+                self._reporter.alone(log.round)
+                self._keep_task_model(log.own)
+                part += 1
+                self._stop.wait(0.5)
+                continue
+            if isinstance(outcome, Committed):
+                self._commit(outcome, base, log)
+            else:
+                self._kept_delta = delta if bool(torch.isfinite(delta).all()) else None
+                self._catch_up()
+            return
+
+    def _evaluate_base(self, log: _RoundLog) -> Evaluation:
+        if self._base is None:
+            with log.timed("evaluate_base"), self._progress(log, "evaluating the base model", 1.0) as bar:
+                self._learner.load_backbone(self._state.flat)
+                self._base = self._learner.evaluate_base(
+                    log.round, on_progress=self._stop.checking(bar.update)
+                )
+        return self._base
+
+    def _finetune(self, log: _RoundLog, part: int) -> None:
+        budget = Budget(self.spec.round_examples, self.spec.round_seconds)
+        if part > 0:
+            self._in_network(self._agreement.set_phase("finetuning"))
+        with log.timed("finetune"), self._progress(log, "finetuning", 1.0) as bar:
+            result = self._learner.finetune(
+                budget,
+                round_=log.round,
+                part=part,
+                should_stop=lambda: self._should_stop_training(part),
+                on_progress=bar.update,
+            )
+        self._stop.check()
+        log.num_examples += result.num_examples
+        self._reporter.finetuned(log.round, log.num_examples, result.seconds)
+
+    def _should_stop_training(self, part: int) -> bool:
+        """Told to stop, the round's deadline is near, the others have gone on, or a lone peer has company."""
+        agreement = self._agreement
+        if self._stop.is_set or agreement.is_overtaken or Network.now() >= agreement.training_deadline():
+            return True
+        tip = agreement.chain.tip
+        return part > 0 and any(
+            m.record.phase == "ready" and m.record.commit == tip for m in agreement.live()
+        )
+
+    # fusing
+
+    def _fuse(self, delta: torch.Tensor, log: _RoundLog) -> Committed | Overtaken | LeftAlone:
+        if not bool(torch.isfinite(delta).all()):
+            self._reporter.warning(
+                "finetuning diverged (values that are not finite): sitting this round out; "
+                "try a lower --learning-rate"
+            )
+            return self._sit_out()
+        self._in_network(self._agreement.set_phase("ready", num_examples=log.num_examples))
+        clock = _FuseClock()
+        future = self._network.submit(
+            self._agreement.fuse(lambda group: self._reduce(group, delta, log, clock))
+        )
+        future.add_done_callback(lambda _: clock.stop())
+        try:
+            # The own backbone is scored while the others get ready.
+            with log.timed("evaluate_own"), self._progress(log, "evaluating the own backbone", 1.0) as bar:
+                log.own = self._learner.evaluate_own(on_progress=self._stop.checking(bar.update))
+            with self._progress(log, "averaging with the others", None):
+                outcome = self._wait_for(future)
+        finally:
+            future.cancel()
+        if isinstance(outcome, Committed):
+            log.add("find_group", clock.reduce_started - clock.started)
+            log.add("allreduce", clock.reduce_ended - clock.reduce_started)
+            log.add("commit", clock.ended - clock.reduce_ended)
+        return outcome
+
+    async def _reduce(self, group: Group, delta: torch.Tensor, log: _RoundLog, clock: _FuseClock) -> str:
+        """In the network's thread: average the deltas, add the state; returns the new state's hash."""
+        clock.reduce_started = time.monotonic()
+        reduced: Reduced = await self._allreduce.reduce(
+            group, delta, rule=self.spec.aggregation, codec=self.spec.compression
+        )
+        state = await asyncio.to_thread(State.of, self._layout, reduced.flat.add_(self._state.flat))
+        clock.reduce_ended = time.monotonic()
+        log.bytes_sent, log.bytes_received = reduced.bytes_sent, reduced.bytes_received
+        self._pending = state
+        self._reporter.fused(
+            group.round,
+            len(group.members),
+            clock.reduce_ended - clock.reduce_started,
+            reduced.bytes_sent,
+            reduced.bytes_received,
+        )
+        return state.state_hash
+
+    def _sit_out(self) -> Overtaken:
+        """Contribute nothing until the others have committed a round."""
+        self._in_network(self._agreement.set_phase("waiting"))
+        while not isinstance(self._agreement.decide(), CatchUp | Stop):
+            self._stop.wait(1.0)
+            self._check_daemon()
+        return Overtaken()
+
+    def _wait_for(self, future: concurrent.futures.Future[Any]) -> Any:
+        while True:
+            try:
+                return future.result(timeout=0.2)
+            except concurrent.futures.TimeoutError:
+                if future.done():
+                    raise
+                self._stop.check()
+                self._check_daemon()
+
+    # after a commit
+
+    def _commit(self, committed: Committed, base: Evaluation, log: _RoundLog) -> None:
+        own = log.own
+        if self._pending is None or own is None:
+            raise StateError("a commit without a result: `fuse` ran without `_reduce`")
+        self._keep_task_model(own)
+        self._set_state(self._pending)
+        self._in_network(self._agreement.set_phase("evaluating", entered_at=Network.now()))
+        with log.timed("save"):
+            self._save_checkpoint_if_entered()
+            self._export_model()
+        try:
+            self._evaluate_fused(log)
+        finally:  # told to stop meanwhile: the round happened all the same
+            self._tell_committed(committed, base, own, log)
+        if self._rounds_left is not None:
+            self._rounds_left -= 1
+
+    def _evaluate_fused(self, log: _RoundLog) -> None:
+        with log.timed("evaluate_fused"), self._progress(log, "evaluating the fused backbone", 1.0) as bar:
+            progress = self._stop.checking(bar.update)
+            self._base = self._learner.evaluate_base(self._round + 1, on_progress=progress)
+        if self._keep_task_model(self._base):
+            with log.timed("save"):
+                self._save_checkpoint_if_entered()
+
+    def _tell_committed(
+        self, committed: Committed, base: Evaluation, own: Evaluation, log: _RoundLog
+    ) -> None:
+        fused = None if self._base is None else self._base.head_only
+        accuracy = Accuracy(base=base.head_only, own=own.head_only, fused=fused)
+        self._write_round(committed, accuracy, log)
+        num_peers = len(committed.group.members)
+        metric_name = self._data.task.metric_name
+        self._reporter.committed(self._round, self._state.state_hash, num_peers, accuracy, metric_name)
+
+    def _set_state(self, state: State) -> None:
+        self._previous, self._state, self._pending, self._base = self._state, state, None, None
+        self._learner.load_backbone(state.flat)
+
+    def _catch_up(self) -> None:
+        found = self._in_network(self._agreement.better_chain(), seconds=60.0)
+        if found is None:
+            self._stop.wait(0.2)
+            return
+        chain, holders = found
+        try:
+            state = self._download(chain, holders)
+        except NetworkError as error:
+            logger.warning("%s; trying again", error)
+            self._stop.wait(1.0)
+            return
+        if any(
+            self._network.peer_id in signed.commit.cohort for signed in chain.commits[self._log.round - 1 :]
+        ):
+            self._kept_delta = None  # my work of this round is in it already
+        self._set_state(state)
+        self._in_network(self._adopt(chain))
+        self._save_checkpoint_if_entered()
+        self._export_model()
+
+    async def _adopt(self, chain: Chain) -> None:
+        self._agreement.adopt(chain)
+        await self._agreement.publish()
+
+    def _download(self, chain: Chain, donors: tuple[str, ...]) -> State:
+        started = time.monotonic()
+        with self._reporter.progress("downloading the state", 1.0) as bar:
+            state = get_state(
+                self._network,
+                self.spec,
+                chain.state_hash,
+                donors,
+                lambda done, total: bar.update(done / total),
+            )
+        self._reporter.caught_up(
+            chain.round, state.state_hash, time.monotonic() - started, state.manifest.layout.size_bytes
+        )
+        return state
+
+    # keeping
+
+    def _save_checkpoint_if_entered(self) -> None:
+        if not self._is_entered:
+            return
+        commits = tuple(signed.model_dump(mode="json") for signed in self._agreement.chain.commits)
+        self._store.save(
+            Checkpoint(
+                run_digest=self.spec.digest,
+                round=self._round,
+                layout=self._layout,
+                flat=self._state.flat,
+                commits=commits,
+                head=self._learner.head_state(),
+                kept_delta=self._kept_delta,
+                extra={"best_task_score": self._best_task_score},
+            )
+        )
+        addresses = [address for m in self._agreement.live() for address in m.record.addresses]
+        if addresses:
+            text = json.dumps(list(dict.fromkeys(addresses))[:MAX_KNOWN_ADDRESSES])
+            write_text(self._dir / "known_peers.json", text)
+
+    def _keep_task_model(self, candidate: Evaluation | None) -> bool:
+        """`task_model/` holds the best on the own held-out split so far; returns whether it is the candidate.
+
+        The learner's model must be the candidate.
+        """
+        best = self._best_task_score
+        if candidate is None or (best is not None and candidate.classifier < best):
+            return False
+        replace_directory(self._dir / "task_model", self._learner.save_task_model)
+        self._best_task_score = candidate.classifier
+        return True
+
+    def _export_model(self) -> None:
+        chain = self._agreement.chain
+        commits = [signed.commit for signed in chain.commits]
+        peers = sorted({peer for commit in commits for peer in commit.cohort})
+
+        def write(directory: Path) -> None:
+            export_model(self._dir / "base", self._layout, self._state.flat, directory)
+            write_model_card(
+                directory,
+                base_model=self.spec.model,
+                base_revision=self.spec.revision,
+                run_name=self.spec.run_name,
+                spec_digest=self.spec.digest,
+                round=chain.round,
+                state_hash=self._state.state_hash,
+                num_contributions=sum(len(commit.contributors) for commit in commits),
+                peers=peers,
+                commits=[commit.model_dump(mode="json") for commit in commits],
+            )
+
+        replace_directory(self._dir / "model", write)
+
+    def _write_round(self, committed: Committed, accuracy: Accuracy, log: _RoundLog) -> None:
+        own = self._network.peer_id
+        weights = {c.peer: c.weight for c in committed.group.contributions}
+        append_json_line(
+            self._dir / "rounds.jsonl",
+            {
+                "round": self._round,
+                "state_hash": self._state.state_hash,
+                "attempt": committed.group.attempt,
+                "num_peers": len(weights),
+                "peers": list(weights),
+                "weight": weights[own],
+                "metric": self._data.task.metric_name,
+                "accuracy": {"base": accuracy.base, "own": accuracy.own, "fused": accuracy.fused},
+                "num_examples": log.num_examples,
+                "seconds": log.seconds,
+                "bytes_sent": log.bytes_sent,
+                "bytes_received": log.bytes_received,
+            },
+        )
+
+    # leaving
+
+    def _leave(self) -> None:
+        """Serve the last state to those that lack it, then say goodbye; a signal cuts it short."""
+        if not self._is_connected:
+            return
+        deadline = time.monotonic() + self._config.linger_seconds
+        try:
+            if not self._stop.is_set:
+                self._in_network(self._agreement.set_phase("done"))
+            while not self._stop.is_set and time.monotonic() < deadline and self._is_needed():
+                self._stop.wait(0.2)
+            self._in_network(self._agreement.leave())
+        except StopRequested:
+            logger.info("told to stop while lingering")
+        except SwarmError as error:
+            logger.warning("could not say goodbye: %s", error)
+
+    def _is_needed(self) -> bool:
+        """Whether a live peer of the run has not confirmed my state."""
+        tip = self._agreement.chain.tip
+        behind = (member for member in self._agreement.live() if member.record.commit != tip)
+        return any(member.record.round <= self._round for member in behind)
+
+    # helpers
+
+    def _progress(
+        self, log: _RoundLog, what: str, total: float | None
+    ) -> AbstractContextManager[ProgressBar]:
+        return self._reporter.progress(f"round {log.round}: {what}", total)
+
+    def _find_state(self, state_hash: str) -> State | None:
+        held = (self._pending, self._previous, self._state if self._is_entered else None)
+        return next((state for state in held if state is not None and state.state_hash == state_hash), None)
+
+    def _in_network(self, coroutine: Any, *, seconds: float = SHORT_SECONDS) -> Any:
+        return self._network.run(coroutine, timeout_seconds=seconds)
+
+    def _check_daemon(self) -> None:
+        if not self._network.is_daemon_alive():
+            raise NetworkError(
+                "the p2p daemon has died; the checkpoint is kept: start again with the same --output-dir"
+            )
+
+
+def _load_addresses(path: Path) -> tuple[str, ...]:
+    """Addresses of peers met earlier, so that a peer comes back even when its entry point is gone."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return ()
+    addresses = value if isinstance(value, list) else []
+    return tuple(address for address in addresses if isinstance(address, str))[:MAX_KNOWN_ADDRESSES]
