@@ -1,9 +1,9 @@
 """How one flat vector per peer becomes one for all: hivemind's butterfly all-reduce, made exact and bounded.
 
 The only module that subclasses hivemind's averaging (1.1.12). It relies on `AllReduceRunner.__init__`,
-`run`, `_communicate_with_peer`, `_generate_input_for_peer`, `rpc_aggregate_part`,
-`_accumulate_parts_streaming`, `_ban_sender`, `finalize`, on `TensorPartContainer` and on the four
-members of `TensorPartReducer` that the runner touches; a test pins their signatures.
+`run`, `rpc_aggregate_part` and `finalize`, replaces `_communicate_with_peer`, `_generate_input_for_peer`,
+`_accumulate_parts_streaming` and `_ban_sender`, and relies on how `TensorPartContainer` cuts parts and on
+the members of `TensorPartReducer` that the runner touches; a test pins their signatures.
 
 What is different from the stock runner, and why (measured in docs/experiments.md):
 - Reducers send the encoded result, not differences, and decode their own bytes too: the stock
@@ -66,7 +66,7 @@ class AllReduceService(ServicerBase):
         self._p2p, self._namespace = p2p, namespace
         self._runners: dict[bytes, BackboneAllReduce] = {}
         self._ended: deque[bytes] = deque(maxlen=64)  # groups that are over: who comes late is told at once
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # set, and replaced, whenever a group begins
 
     async def start(self) -> None:
         await self.add_p2p_handlers(self._p2p, namespace=self._namespace)
@@ -91,9 +91,9 @@ class AllReduceService(ServicerBase):
 
     @asynccontextmanager
     async def _registered(self, group_id: bytes, runner: BackboneAllReduce) -> AsyncIterator[None]:
-        async with self._changed:
-            self._runners[group_id] = runner
-            self._changed.notify_all()
+        self._runners[group_id] = runner
+        self._changed.set()  # wakes who waits for this group now,
+        self._changed = asyncio.Event()  # and the next ones wait for the next
         try:
             yield
         finally:
@@ -107,15 +107,7 @@ class AllReduceService(ServicerBase):
             first = await asyncio.wait_for(anext(stream), GROUP_WAIT_SECONDS)
         except (TimeoutError, StopAsyncIteration):
             return
-        async with self._changed:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._changed.wait_for(
-                        lambda: first.group_id in self._runners or first.group_id in self._ended
-                    ),
-                    GROUP_WAIT_SECONDS,
-                )
-        runner = self._runners.get(first.group_id)
+        runner = await self._runner_of(first.group_id)
         if runner is None:
             yield averaging_pb2.AveragingData(code=averaging_pb2.BAD_GROUP_ID)
             return
@@ -124,6 +116,14 @@ class AllReduceService(ServicerBase):
             return
         async for message in runner.rpc_aggregate_part(achain(as_aiter(first), stream), context):
             yield message
+
+    async def _runner_of(self, group_id: bytes) -> BackboneAllReduce | None:
+        """Of a group that is running here, or begins here soon; None for any other."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GROUP_WAIT_SECONDS):
+                while group_id not in self._runners and group_id not in self._ended:
+                    await self._changed.wait()
+        return self._runners.get(group_id)
 
 
 class BackboneAllReduce(AllReduceRunner):

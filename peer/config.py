@@ -22,7 +22,7 @@ class PeerConfig:
     num_rounds: int | None = None  # leave after so many committed rounds; None: the run's end
     max_seconds: float | None = None  # leave after this time
     linger_seconds: float = 60.0  # after the last round: serve the state, at most so long
-    eval_examples: int = 512  # held-out examples scored per backbone; twice as many fit the head
+    eval_examples: int = 256  # held-out examples scored per backbone; twice as many fit the head
     num_threads: int | None = None  # of the processor; None: all
     seed: int = 0  # of this peer's own draws: batches, heads, splits
 

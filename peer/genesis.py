@@ -108,10 +108,11 @@ def serve_run(
 
 
 def ask_spec(network: Network, peer_ids: Sequence[str], digest: str | None) -> RunSpec:
-    """The spec from the first entry point that answers; it must have `digest` where one is given.
+    """The spec from the first entry point that gives a valid one; with `digest`, the first of that run.
 
-    Raises SpecError for another run's spec, NetworkError when nobody answers.
+    Raises SpecError when there are only others, NetworkError when nobody answers.
     """
+    refused: SpecError | None = None
     for peer_id in peer_ids:
         try:
             reply = network.run(
@@ -121,14 +122,18 @@ def ask_spec(network: Network, peer_ids: Sequence[str], digest: str | None) -> R
         except PeerUnreachable as error:
             logger.warning("no run spec from an entry point: %s", error)
             continue
-        spec = parse_spec(reply[: MAX_SPEC_BYTES + 1], source=f"the run spec of peer {peer_id[-8:]}")
-        if digest is not None and spec.digest != digest:
-            raise SpecError(
-                f"peer {peer_id[-8:]} is in run {spec.digest}, not in the run that --run names ({digest}); "
-                "check the address and the digest with whoever invited you"
-            )
-        return spec
-    raise NetworkError(
+        try:
+            spec = parse_spec(reply[: MAX_SPEC_BYTES + 1], source=f"the run spec of peer {peer_id[-8:]}")
+        except SpecError as error:
+            refused = error
+            continue
+        if digest is None or spec.digest == digest:
+            return spec
+        refused = SpecError(
+            f"peer {peer_id[-8:]} is in run {spec.digest}, not in the wanted one ({digest}); "
+            "check the address and the digest with whoever invited you"
+        )
+    raise refused or NetworkError(
         "no entry point gave its run spec; is it a peer of this program? Try another peer's address"
     )
 

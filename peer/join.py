@@ -143,9 +143,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-examples",
         "--max-eval-samples",
         type=positive_int,
-        default=512,
+        default=256,
         metavar="N",
-        help="held-out examples scored per backbone (default: 512)",
+        help="held-out examples scored per backbone (default: 256)",
     )
 
 

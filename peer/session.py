@@ -27,7 +27,7 @@ from coordinator.errors import NetworkError, SpecError, StateError, SwarmError, 
 from coordinator.identity import load_identity
 from coordinator.network import Network, NetworkConfig
 from coordinator.records import SignedCommit, parse_record
-from coordinator.rounds import CatchUp, Finetune, Stop
+from coordinator.rounds import CatchUp, Finetune, Stop, trains_on
 from coordinator.spec import RunSpec, load_spec
 from peer.allreduce import AllReduceService, Reduced
 from peer.config import PeerConfig
@@ -178,12 +178,14 @@ class Session:
                     "there is no entry point to ask for the run, and none in the output directory"
                 )
             return own
-        spec = ask_spec(self._network, self._network.entry_points, wanted)
-        if own is not None and spec.digest != own.digest:
+        try:
+            spec = ask_spec(self._network, self._network.entry_points, own.digest if own else wanted)
+        except SpecError as error:
+            if own is None:
+                raise
             raise StateError(
-                f"{self._dir} holds the run {own.run_name} ({own.digest[:12]}), the entry point is in "
-                f"{spec.run_name} ({spec.digest[:12]}); choose another --output-dir for it"
-            )
+                f"{self._dir} holds the run {own.run_name}; {error}, or choose another --output-dir"
+            ) from error
         if own is None and wanted is None:
             self._reporter.note(f"the entry point is in run {spec.run_name}, digest {spec.digest}")
         return spec
@@ -191,7 +193,7 @@ class Session:
     def _enter_state(self, spec: RunSpec, first: State | None, checkpoint: Checkpoint | None) -> State:
         """The newest state there is: of the swarm, else of the own checkpoint, else the first one."""
         donors = tuple(self._network.entry_points) + tuple(m.peer_id for m in self._agreement.live())
-        model_dir = get_model_files(self._network, spec, self._dir / "base", donors)
+        model_dir = get_model_files(self._network, spec, self._dir / "base", donors, check=self._stop.check)
         if checkpoint is not None:
             chain = build_chain(spec, [parse_record(commit, SignedCommit) for commit in checkpoint.commits])
             first = State.of(checkpoint.layout, checkpoint.flat)
@@ -339,6 +341,9 @@ class Session:
                 "try a lower --learning-rate"
             )
             return self._sit_out()
+        if log.num_examples == 0:  # an empty contribution would only dilute a uniform mean
+            self._reporter.warning("no time was left to finetune in this round: sitting it out")
+            return self._sit_out()
         self._in_network(self._agreement.set_phase("ready", num_examples=log.num_examples))
         clock = _FuseClock()
         future = self._network.submit(
@@ -379,11 +384,14 @@ class Session:
         return state.state_hash
 
     def _sit_out(self) -> Overtaken:
-        """Contribute nothing until the others have committed a round."""
-        self._in_network(self._agreement.set_phase("waiting"))
-        while not isinstance(self._agreement.decide(), CatchUp | Stop):
+        """Contribute nothing until the others have committed the round, or nobody is left who could."""
+        agreement = self._agreement
+        self._in_network(agreement.set_phase("waiting"))
+        while not isinstance(agreement.decide(), CatchUp | Stop):
             self._stop.wait(1.0)
             self._check_daemon()
+            if not any(trains_on(member, agreement.chain) for member in agreement.live()):
+                break
         return Overtaken()
 
     def _wait_for(self, future: concurrent.futures.Future[Any]) -> Any:
@@ -471,6 +479,7 @@ class Session:
                 chain.state_hash,
                 donors,
                 lambda done, total: bar.update(done / total),
+                check=self._stop.check,
             )
         self._reporter.caught_up(
             chain.round, state.state_hash, time.monotonic() - started, state.manifest.layout.size_bytes

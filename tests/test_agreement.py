@@ -1,0 +1,565 @@
+"""Do peers agree on a round? Real networks and agreements, in one process; only the all-reduce is faked."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator import agreement as agreement_module
+from coordinator.agreement import Agreement, Committed, Group, GroupFailed, LeftAlone, Overtaken, Reduce
+from coordinator.board import BoardValidator
+from coordinator.chain import Chain, build_chain, verify_commit
+from coordinator.errors import RoundError
+from coordinator.identity import load_identity
+from coordinator.network import Network, PeerUnreachable
+from coordinator.records import Commit, Contribution, Proposal, sign, signature_text
+from coordinator.rounds import CatchUp, Fuse
+from coordinator.spec import RunSpec
+from tests.fakes import (
+    CALL_SECONDS,
+    addresses,
+    extend,
+    hash_of,
+    identity,
+    make_heartbeat,
+    make_spec,
+    network_config,
+    peer,
+    signed_by,
+)
+
+Outcome = Committed | Overtaken | LeftAlone
+
+
+class Peer:
+    """A network with an agreement, driven from the test's thread as a session drives it."""
+
+    def __init__(self, network: Network, key: Path, chain: Chain) -> None:
+        self.network, self.identity = network, load_identity(key)
+        self.agreement = Agreement(network, self.identity, chain)
+        self.run(network.start_dht(BoardValidator(chain.spec.digest)))
+        self.run(self.agreement.start())
+
+    @property
+    def peer_id(self) -> str:
+        return self.network.peer_id
+
+    def run(self, coroutine: Any) -> Any:
+        return self.network.run(coroutine, timeout_seconds=2 * CALL_SECONDS)
+
+    def get_ready(self, num_examples: int = 100) -> None:
+        self.run(self.agreement.set_phase("finetuning", entered_at=Network.now()))
+        self.run(self.agreement.set_phase("ready", num_examples=num_examples))
+
+    def fuse(self, reduce: Reduce) -> concurrent.futures.Future[Outcome]:
+        return self.network.submit(self.agreement.fuse(reduce))
+
+    def call(self, other: Peer, method: str, body: object) -> Any:
+        return json.loads(
+            self.run(self.network.call(other.peer_id, method, body, timeout_seconds=CALL_SECONDS))
+        )
+
+    def adopt(self, chain: Chain) -> None:
+        async def adopt() -> None:
+            self.agreement.adopt(chain)
+
+        self.run(adopt())
+
+
+async def same_state(group: Group) -> str:
+    """Of an all-reduce that succeeds: the hash follows from the group."""
+    return hashlib.sha256(group.group_id).hexdigest()
+
+
+@contextmanager
+def swarm(num_peers: int, directory: Path, spec: RunSpec | None = None) -> Iterator[list[Peer]]:
+    chain = Chain(spec or make_spec(lease_seconds=10.0, created_at=Network.now()))
+    with ExitStack() as stack:
+        members: list[Peer] = []
+        for index in range(num_peers):
+            key = directory / f"{index}.key"
+            entry = tuple(addresses(members[0].network)[:1]) if members else ()
+            network = stack.enter_context(Network(network_config(key, initial_peers=entry)))
+            members.append(Peer(network, key, chain))
+        see_each_other(members)
+        yield members
+
+
+def see_each_other(members: list[Peer]) -> None:
+    """Each tells all of whom it knows; in a session the board does it within seconds."""
+    for member in members:
+        for other in members:
+            if other is not member:
+                member.call(other, "heartbeat", envelope(member))
+
+
+def outcomes(futures: list[concurrent.futures.Future[Outcome]]) -> list[Outcome]:
+    return [future.result(2 * CALL_SECONDS) for future in futures]
+
+
+def assert_one_chain(members: list[Peer], num_rounds: int) -> Chain:
+    chains = [member.agreement.chain for member in members]
+    assert {chain.round for chain in chains} == {num_rounds}
+    assert len({chain.tip for chain in chains}) == 1
+    for chain in chains:
+        assert build_chain(chain.spec, chain.commits) == chain  # valid to anybody who asks
+    return chains[0]
+
+
+def leader_of(members: list[Peer], attempt: int = 0) -> Peer:
+    action = members[0].agreement.decide()
+    assert isinstance(action, Fuse)
+    return next(member for member in members if member.peer_id == action.leader(attempt))
+
+
+def test_three_rounds_by_all(tmp_path: Path) -> None:
+    with swarm(4, tmp_path) as members:
+        for num_rounds in (1, 2, 3):
+            for index, member in enumerate(members):
+                member.get_ready(num_examples=100 + index)
+            groups = []
+            for outcome in outcomes([member.fuse(same_state) for member in members]):
+                assert isinstance(outcome, Committed)
+                groups.append(outcome.group)
+            assert len(set(groups)) == 1
+            assert (groups[0].round, groups[0].attempt) == (num_rounds, 0)
+            chain = assert_one_chain(members, num_rounds)
+            commit = chain.commits[-1].commit
+            assert chain.state_hash == hashlib.sha256(groups[0].group_id).hexdigest()
+            assert {c.peer: c.num_examples for c in commit.contributors} == {
+                member.peer_id: 100 + index for index, member in enumerate(members)
+            }
+            for member in members:
+                assert len(member.agreement.chain.commits[-1].signatures) >= 3
+
+
+def test_examples_weigh_and_a_peer_without_any_does_not_stop_the_round(tmp_path: Path) -> None:
+    spec = make_spec(weights="examples", lease_seconds=10.0)
+    with swarm(3, tmp_path, spec) as members:
+        for member, num_examples in zip(members, (0, 100, 10_000), strict=True):
+            member.get_ready(num_examples)
+        [outcome, *_] = outcomes([member.fuse(same_state) for member in members])
+        assert isinstance(outcome, Committed)
+        weights = {c.peer: c.weight for c in outcome.group.contributions}
+        assert [weights[member.peer_id] for member in members] == [0.01, 1.0, 4.0]
+
+
+def test_alone_below_the_quorum(tmp_path: Path) -> None:
+    with swarm(1, tmp_path) as [member]:
+        member.get_ready()
+        assert outcomes([member.fuse(same_state)]) == [LeftAlone()]
+        assert member.agreement.chain.round == 0
+
+
+def test_a_member_that_refuses_is_left_out(tmp_path: Path) -> None:
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        refuser = next(m for m in members if m is not leader_of(members))
+
+        async def refuse(_peer_id: str, _body: Any) -> bytes:
+            return json.dumps({"accept": False, "why": "not today"}).encode()
+
+        refuser.network.on_call("propose", refuse)
+        willing = [member for member in members if member is not refuser]
+        for outcome in outcomes([member.fuse(same_state) for member in willing]):
+            assert isinstance(outcome, Committed)
+            assert set(outcome.group.members) == {member.peer_id for member in willing}
+        chain = assert_one_chain(willing, 1)
+        assert len(chain.commits[0].commit.electorate) == 4  # three of four is still a majority
+        see_each_other(members)
+        assert isinstance(refuser.agreement.decide(), CatchUp)
+        assert outcomes([refuser.fuse(same_state)]) == [Overtaken()]
+
+
+def test_a_silent_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement_module, "LEADER_TIMEOUT_SECONDS", 1.0)
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        silent = leader_of(members)  # ready, alive, and never proposes
+        others = [member for member in members if member is not silent]
+        second = leader_of(members, attempt=1)
+        for outcome in outcomes([member.fuse(same_state) for member in others]):
+            assert isinstance(outcome, Committed)
+            assert outcome.group.attempt >= 1
+            assert second.peer_id in outcome.group.members
+        assert_one_chain(others, 1)
+
+
+def test_a_dead_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement_module, "LEADER_TIMEOUT_SECONDS", 1.0)
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        dead = leader_of(members)
+        others = [member for member in members if member is not dead]
+        dead.network.close()
+        for outcome in outcomes([member.fuse(same_state) for member in others]):
+            assert isinstance(outcome, Committed)
+            assert dead.peer_id not in outcome.group.members
+        assert_one_chain(others, 1)
+
+
+def test_one_differing_state_is_outvoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement_module, "VOTE_TIMEOUT_SECONDS", 3.0)
+
+    async def other_state(_group: Group) -> str:
+        return hash_of("something else")
+
+    with swarm(3, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        *honest, odd = members
+        futures = [member.fuse(same_state) for member in honest]
+        odd_future = odd.fuse(other_state)
+        assert all(isinstance(outcome, Committed) for outcome in outcomes(futures))
+        chain = assert_one_chain(honest, 1)
+        assert odd.peer_id not in chain.commits[0].signatures
+        see_each_other(members)
+        assert outcomes([odd_future]) == [Overtaken()]  # it catches up; its own state is committed nowhere
+        assert odd.agreement.chain.round == 0
+
+
+def test_without_a_majority_for_one_state_nothing_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two states, two signatures each, of four: not the first to come wins. The next attempt agrees."""
+    monkeypatch.setattr(agreement_module, "VOTE_TIMEOUT_SECONDS", 1.5)
+    attempts: list[int] = []
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+
+        def reduce_of(index: int) -> Reduce:
+            async def reduce(group: Group) -> str:
+                attempts.append(group.attempt)
+                return hash_of(f"state {index % 2}") if group.attempt == 0 else await same_state(group)
+
+            return reduce
+
+        futures = [member.fuse(reduce_of(index)) for index, member in enumerate(members)]
+        ended = outcomes(futures)  # who still waits for votes when the others go on may be left out
+        committed = [m for m, outcome in zip(members, ended, strict=True) if isinstance(outcome, Committed)]
+        assert len(committed) >= 3
+        assert all(isinstance(outcome, Committed | Overtaken) for outcome in ended)
+        chain = assert_one_chain(committed, 1)
+        assert chain.commits[0].commit.attempt >= 1
+        assert attempts.count(0) == 4
+        assert chain.state_hash not in (hash_of("state 0"), hash_of("state 1"))
+
+
+def test_who_fails_an_attempt_is_left_out_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement_module, "LEADER_TIMEOUT_SECONDS", 1.0)
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        liar = members[2]
+
+        async def reduce(group: Group) -> str:
+            if liar.peer_id in group.members:
+                raise GroupFailed(liar.peer_id, "sent values that are not finite")
+            return await same_state(group)
+
+        honest = [member for member in members if member is not liar]
+        for outcome in outcomes([member.fuse(reduce) for member in honest]):
+            assert isinstance(outcome, Committed)
+            assert set(outcome.group.members) == {member.peer_id for member in honest}
+        assert_one_chain(honest, 1)
+
+
+def test_an_attempt_that_breaks_off_is_tried_again_by_all(tmp_path: Path) -> None:
+    with swarm(3, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+
+        async def reduce(group: Group) -> str:
+            if group.attempt == 0:
+                raise RoundError("the exchange ended early")
+            return await same_state(group)
+
+        for outcome in outcomes([member.fuse(reduce) for member in members]):
+            assert isinstance(outcome, Committed)
+            assert outcome.group.attempt >= 1
+        assert_one_chain(members, 1)
+
+
+def test_a_member_that_hangs_in_the_all_reduce_joins_the_next_attempt(tmp_path: Path) -> None:
+    cancelled: list[str] = []
+    hangs = threading.Event()
+    with swarm(3, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        hanging = next(m for m in members if m is not leader_of(members, 1))
+
+        def reduce_of(member: Peer) -> Reduce:
+            async def reduce(group: Group) -> str:
+                if group.attempt == 0 and member is hanging:
+                    hangs.set()
+                    try:
+                        await asyncio.Event().wait()
+                    finally:
+                        cancelled.append(member.peer_id)
+                if group.attempt == 0:
+                    await asyncio.to_thread(hangs.wait, CALL_SECONDS)
+                    raise RoundError("the exchange ended early")
+                return await same_state(group)
+
+            return reduce
+
+        for outcome in outcomes([member.fuse(reduce_of(member)) for member in members]):
+            assert isinstance(outcome, Committed)
+        assert_one_chain(members, 1)
+        assert cancelled == [hanging.peer_id]
+
+
+def test_a_newcomer_catches_up_from_the_longest_verified_chain(tmp_path: Path) -> None:
+    names = ["a", "b", "c"]
+    with swarm(3, tmp_path) as [old, ahead, newcomer]:
+        chain = old.agreement.chain
+        one = extend(chain, names)
+        three = extend(extend(one, names), names)
+        old.adopt(one)
+        ahead.adopt(three)
+        see_each_other([old, ahead, newcomer])
+        found = newcomer.run(newcomer.agreement.better_chain())
+        assert found is not None
+        assert found[0] == three
+        assert found[1] == (ahead.peer_id,)  # who holds the state
+        newcomer.adopt(three)
+        assert newcomer.run(newcomer.agreement.better_chain()) is None
+        found = old.run(old.agreement.better_chain())  # from where it stands: one round known, two new
+        assert found is not None
+        assert found[0] == three
+
+
+def test_a_long_chain_comes_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement_module, "MAX_CHAIN_REPLY_COMMITS", 2)
+    with swarm(2, tmp_path) as [ahead, newcomer]:
+        chain = newcomer.agreement.chain
+        for _ in range(5):
+            chain = extend(chain, ["a", "b"])
+        ahead.adopt(chain)
+        see_each_other([ahead, newcomer])
+        found = newcomer.run(newcomer.agreement.better_chain())
+        assert found is not None
+        assert found[0] == chain
+
+
+def test_of_a_fork_the_heavier_side_wins_on_both(tmp_path: Path) -> None:
+    with swarm(2, tmp_path) as [light, heavy]:
+        common = extend(light.agreement.chain, ["a", "b", "c", "d", "e"])
+        few = extend(common, ["a", "b"], electorate=[peer("a"), peer("b")], state_hash=hash_of("few"))
+        many = extend(
+            common, ["c", "d", "e"], electorate=[peer(n) for n in "cde"], state_hash=hash_of("many")
+        )
+        light.adopt(few)
+        heavy.adopt(many)
+        see_each_other([light, heavy])
+        found = light.run(light.agreement.better_chain())
+        assert found is not None
+        assert found[0] == many
+        assert heavy.run(heavy.agreement.better_chain()) is None
+        assert not isinstance(heavy.agreement.decide(), CatchUp)  # it has lost, and is not asked again
+
+
+def test_claims_without_signatures_cost_a_look_and_nothing_more(tmp_path: Path) -> None:
+    """A liar claims a tip and serves something unsigned, stale or garbage. The honest tip still counts."""
+    with swarm(3, tmp_path) as [me, honest, liar]:
+        chain = me.agreement.chain
+        one = extend(chain, ["a", "b"])
+        two = extend(one, ["a", "b"])
+        me.adopt(one)
+        honest.adopt(two)
+        unsigned = signed_by(two.commits[-1].commit, []).model_dump(mode="json")
+        replies: list[object] = [
+            [unsigned],
+            [],
+            {"no": "list"},
+            [1],
+            [one.commits[0].model_dump(mode="json")],
+        ]
+        see_each_other([me, honest])
+        for reply in replies:
+
+            async def serve(_peer_id: str, _body: Any, reply: object = reply) -> bytes:
+                return json.dumps(reply).encode()
+
+            liar.network.on_call("chain", serve)
+            now = Network.now()
+            claim = make_heartbeat(two, issued_at=now, expires_at=now + 10.0)
+            me.agreement.membership.forget(honest.peer_id)
+            liar.call(me, "heartbeat", sign(claim, liar.identity).to_json())
+            assert isinstance(me.agreement.decide(), CatchUp)
+            assert me.run(me.agreement.better_chain()) is None
+            assert not isinstance(me.agreement.decide(), CatchUp)
+        see_each_other([honest, me])
+        found = me.run(me.agreement.better_chain())
+        assert found is not None
+        assert found[0] == two
+
+
+def envelope(member: Peer) -> dict[str, str]:
+    return sign(member.agreement._heartbeat(), member.identity).to_json()
+
+
+def make_proposal(group: list[Peer], **changes: Any) -> Proposal:
+    chain = group[0].agreement.chain
+    values: dict[str, Any] = {
+        "run": chain.spec.digest,
+        "round": chain.round + 1,
+        "attempt": 0,
+        "previous": chain.tip,
+        "members": [envelope(member) for member in group],
+        "electorate": [member.peer_id for member in group],
+        "proposed_at": Network.now(),
+    }
+    return Proposal.model_validate({**values, **changes})
+
+
+def test_what_a_member_refuses(tmp_path: Path) -> None:
+    with swarm(3, tmp_path) as members:
+        me, leader, third = members
+        for member in members:
+            member.get_ready()
+
+        def ask(proposal: Proposal, author: Peer = leader) -> Any:
+            return leader.call(me, "propose", sign(proposal, author.identity).to_json())
+
+        now = Network.now()
+        stale = sign(make_heartbeat(extend(me.agreement.chain, ["a", "b"])), third.identity).to_json()
+        everybody = make_proposal(members).members
+        for proposal, reason in [
+            (make_proposal(members, run=hash_of("other")), "on another commit"),
+            (make_proposal(members, previous=hash_of("other")), "on another commit"),
+            (make_proposal(members, round=2), "not ready for round 2"),
+            (make_proposal(members, attempt=10**9), "far ahead"),
+            (make_proposal(members, proposed_at=now + 3600.0), "a clock"),
+            (make_proposal(members, proposed_at=0.0), "a clock"),
+            (make_proposal(members, members=[*everybody, stale]), "twice"),
+            (make_proposal([me, leader], members=[everybody[0], everybody[1], stale]), "not ready"),
+            (make_proposal([leader, third]), "not in the group as I am"),
+            (make_proposal([me, third]), "proposer is not in the group"),
+            (make_proposal(members, electorate=[leader.peer_id]), "left out of the vote"),
+        ]:
+            answer = ask(proposal)
+            assert answer["accept"] is False
+            assert reason in answer["why"]
+        assert (
+            ask(make_proposal(members), author=third)["accept"] is False
+        )  # signed by another than its sender
+        assert leader.call(me, "propose", {"peer_id": "x"})["accept"] is False
+        assert leader.call(me, "propose", None)["accept"] is False
+
+        first = make_proposal(members)
+        assert ask(first) == {"accept": True}
+        assert "another proposal of attempt 0" in ask(make_proposal(members, proposed_at=now - 1.0))["why"]
+        second = make_proposal(members, attempt=1)
+        assert ask(second) == {"accept": True}
+        assert ask(first)["accept"] is False  # a lower ballot
+        assert ask(first)["attempt"] == 1
+
+        everyone = [member.peer_id for member in members]
+        for sender, body in [
+            (leader, {"proposal": first.hash, "members": everyone}),  # no longer the accepted one
+            (third, {"proposal": second.hash, "members": everyone}),  # not by who proposed it
+            (leader, {"proposal": second.hash, "members": everyone[1:]}),  # without me
+            (leader, {"proposal": second.hash, "members": [me.peer_id, leader.peer_id, peer("x")]}),
+            (leader, {"proposal": second.hash, "members": [*everyone, third.peer_id]}),
+            (leader, {"proposal": second.hash, "members": [[me.peer_id]]}),
+            (leader, {"proposal": second.hash}),
+            (leader, None),
+        ]:
+            with pytest.raises(PeerUnreachable):
+                sender.call(me, "begin", body)
+        assert me.agreement._begun is None
+        assert leader.call(me, "begin", {"proposal": second.hash, "members": everyone}) == {}
+        begun: Group | None = me.agreement._begun
+        assert begun is not None
+        assert begun.members == tuple(everyone)
+
+
+def test_a_begin_that_comes_late_does_not_start_the_next_fuse(tmp_path: Path) -> None:
+    with swarm(2, tmp_path) as members:
+        me, leader = members
+        for member in members:
+            member.get_ready()
+        proposal = make_proposal(members)
+        body = {"proposal": proposal.hash, "members": [member.peer_id for member in members]}
+        assert leader.call(me, "propose", sign(proposal, leader.identity).to_json()) == {"accept": True}
+        me.run(me.agreement.set_phase("finetuning"))
+        with pytest.raises(PeerUnreachable):
+            leader.call(me, "begin", body)
+        assert me.agreement._begun is None
+
+
+def test_votes_are_bounded_and_forged_ones_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement_module, "VOTE_TIMEOUT_SECONDS", 0.5)
+    with swarm(3, tmp_path) as [me, other, third]:
+        group = Group(
+            round=1,
+            attempt=0,
+            members=(me.peer_id, other.peer_id, third.peer_id),
+            contributions=tuple(
+                Contribution(peer=member.peer_id, num_examples=100, weight=1.0)
+                for member in (me, other, third)
+            ),
+            electorate=(me.peer_id, other.peer_id, third.peer_id),
+            proposed_at=Network.now(),
+            group_id=b"",
+        )
+        run = me.agreement.chain.spec.digest
+        for number in range(20):
+            other.call(me, "vote", {"run": run, "commit": hash_of(str(number)), "signature": "x"})
+        assert sum(other.peer_id in votes for votes in me.agreement._votes.values()) == 8
+        before = me.agreement.chain
+        computed = Commit(
+            run=run,
+            round=1,
+            attempt=0,
+            previous=before.tip,
+            state_hash=hash_of("mine"),
+            contributors=list(group.contributions),
+            electorate=list(group.electorate),
+            committed_at=group.proposed_at,
+        )
+        forged = {"run": run, "commit": computed.hash, "signature": signature_text(computed, identity("x"))}
+        other.call(me, "vote", forged)
+        third.call(me, "vote", forged)
+        with pytest.raises(RoundError, match="1 of 3 signed"):
+            me.run(me.agreement._commit(group, hash_of("mine")))
+        genuine = {**forged, "signature": signature_text(computed, third.identity)}
+        third.call(me, "vote", genuine)
+        chain = me.run(me.agreement._commit(group, hash_of("mine")))
+        verify_commit(chain.commits[0], before)
+        assert set(chain.commits[0].signatures) == {me.peer_id, third.peer_id}
+
+
+def test_goodbye_is_heard_at_once(tmp_path: Path) -> None:
+    with swarm(3, tmp_path) as [first, second, third]:
+        assert len(third.agreement.live()) == 2
+        first.run(first.agreement.leave())
+        assert [member.peer_id for member in third.agreement.live()] == [second.peer_id]
+
+
+def test_the_board_brings_peers_together_that_never_spoke(tmp_path: Path) -> None:
+    with swarm(3, tmp_path) as members:
+        fresh = Agreement(members[2].network, members[2].identity, members[2].agreement.chain)
+        deadline = time.monotonic() + CALL_SECONDS
+        while len(fresh.live()) < 2 and time.monotonic() < deadline:
+            members[2].run(fresh._board.read_into(fresh.membership))
+        assert {m.peer_id for m in fresh.live()} == {members[0].peer_id, members[1].peer_id}
