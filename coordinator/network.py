@@ -326,7 +326,7 @@ class Network:
     async def _dial_entry_points(self) -> list[str]:
         """Those entry points that answer. Raises NetworkError that names each when none does."""
         given = self._config.initial_peers
-        remembered = [a for a in self._config.remembered_peers if a not in given and _is_entry_point(a)]
+        remembered = [a for a in self._config.remembered_peers if a not in given and is_entry_address(a)]
         results = await asyncio.gather(*(self._dial(address) for address in (*given, *remembered)))
         reached = [a for a, why in zip((*given, *remembered), results, strict=True) if why is None]
         failures = {a: why for a, why in zip(given, results, strict=False) if why is not None}
@@ -405,14 +405,6 @@ def _check_address(address: str, *, is_entry_point: bool = False) -> None:
         raise UsageError(
             f"{address!r} does not end in /p2p/PEER_ID: give the whole address that the peer printed"
         )
-
-
-def _is_entry_point(address: str) -> bool:
-    try:
-        _check_address(address, is_entry_point=True)
-    except UsageError:
-        return False
-    return True
 
 
 def _make_request(method: str, body: object) -> bytes:
