@@ -55,7 +55,7 @@ _MIN_WORDS = 3  # shorter messages name a value and say nothing
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    max_files: int = 200  # files parsed per package, those with the most `raise` first; bounds the time
+    max_files: int = 100  # files parsed per package, those with the most `raise` first; bounds the time
     max_file_bytes: int = 400_000  # larger files are generated ones and take seconds each
     max_per_class: int = 240  # ValueError would be three quarters of everything
     min_per_class: int = 20  # fewer leave nothing to test on
