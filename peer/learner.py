@@ -20,6 +20,7 @@ from peer.data import TaskData, tokenize
 from peer.evaluate import Features, extract_features, head_only_score, init_head
 from peer.finetune import Budget, FinetuneConfig, FinetuneResult, finetune
 from peer.layout import TensorLayout
+from peer.memory import release_freed_memory
 from peer.model import (
     export_backbone,
     final_linear,
@@ -106,10 +107,12 @@ class Learner:
             logits = probe.predict(held_out.head_input)
         else:
             logits = self._logits(held_out)
-        return Evaluation(
+        evaluation = Evaluation(
             head_only=head_only_score(self.task, train, held_out),
             classifier=score(self.task, logits, held_out.labels),
         )
+        release_freed_memory()
+        return evaluation
 
     def finetune(
         self,
@@ -121,7 +124,7 @@ class Learner:
         on_progress: Progress = lambda _: None,
     ) -> FinetuneResult:
         """One budget, in place; `part` counts the budgets of a round that lasts longer (a peer alone)."""
-        return finetune(
+        result = finetune(
             self.model,
             self._train,
             self.tokenizer,
@@ -132,6 +135,8 @@ class Learner:
             should_stop=should_stop,
             on_progress=on_progress,
         )
+        release_freed_memory()  # of gradients and optimizer; the all-reduce comes next
+        return result
 
     def save_task_model(self, directory: Path) -> None:
         save_task_model(self.model, self.tokenizer, directory)
