@@ -36,7 +36,7 @@ from peer.display import Accuracy, ProgressBar, Reporter
 from peer.finetune import Budget
 from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
 from peer.layout import TensorLayout
-from peer.learner import Evaluation, Learner
+from peer.learner import Evaluation, Learner, Progress
 from peer.model import export_model
 from peer.state import (
     Checkpoint,
@@ -88,6 +88,7 @@ class _FuseClock:
     reduce_started: float = 0.0
     reduce_ended: float = 0.0
     ended: float = 0.0
+    is_reducing: bool = False
 
     def stop(self) -> None:
         self.ended = time.monotonic()
@@ -353,7 +354,7 @@ class Session:
         try:
             # The own backbone is scored while the others get ready.
             with log.timed("evaluate_own"), self._progress(log, "evaluating the own backbone", 1.0) as bar:
-                log.own = self._learner.evaluate_own(on_progress=self._stop.checking(bar.update))
+                log.own = self._learner.evaluate_own(on_progress=self._after_reducing(clock, bar.update))
             with self._progress(log, "averaging with the others", None):
                 outcome = self._wait_for(future)
         finally:
@@ -366,10 +367,13 @@ class Session:
 
     async def _reduce(self, group: Group, delta: torch.Tensor, log: _RoundLog, clock: _FuseClock) -> str:
         """In the network's thread: average the deltas, add the state; returns the new state's hash."""
-        clock.reduce_started = time.monotonic()
-        reduced: Reduced = await self._allreduce.reduce(
-            group, delta, rule=self.spec.aggregation, codec=self.spec.compression
-        )
+        clock.reduce_started, clock.is_reducing = time.monotonic(), True
+        try:
+            reduced: Reduced = await self._allreduce.reduce(
+                group, delta, rule=self.spec.aggregation, codec=self.spec.compression
+            )
+        finally:
+            clock.is_reducing = False
         state = await asyncio.to_thread(State.of, self._layout, reduced.flat.add_(self._state.flat))
         clock.reduce_ended = time.monotonic()
         log.bytes_sent, log.bytes_received = reduced.bytes_sent, reduced.bytes_received
@@ -382,6 +386,17 @@ class Session:
             reduced.bytes_received,
         )
         return state.state_hash
+
+    def _after_reducing(self, clock: _FuseClock, on_progress: Progress) -> Progress:
+        """Progress of a computation that stands still during the all-reduce: all others wait for that."""
+
+        def progress(fraction: float) -> None:
+            self._stop.check()
+            while clock.is_reducing:
+                self._stop.wait(0.02)
+            on_progress(fraction)
+
+        return progress
 
     def _sit_out(self) -> Overtaken:
         """Contribute nothing until the others have committed the round, or nobody is left who could."""
