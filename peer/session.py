@@ -202,15 +202,13 @@ class Session:
             self._kept_delta = checkpoint.kept_delta
             self._best_task_score = checkpoint.extra.get("best_task_score")
             self._reporter.note(f"resumed at round {chain.round}")
-        for attempts_left in reversed(range(ENTRY_ATTEMPTS)):
+        for _ in range(ENTRY_ATTEMPTS - 1):
             try:
                 return self._newest_state(spec, first, model_dir, donors)
             except NetworkError as error:  # the swarm may have moved on while it was downloaded
-                if not attempts_left:
-                    raise
                 logger.warning("%s; trying again", error)
                 self._stop.wait(2.0)
-        raise NetworkError("the state was never tried")
+        return self._newest_state(spec, first, model_dir, donors)
 
     def _newest_state(
         self, spec: RunSpec, first: State | None, model_dir: Path | None, donors: tuple[str, ...]
