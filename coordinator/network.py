@@ -1,37 +1,43 @@
 """How a peer reaches the others: hivemind's P2P and DHTNode in one asyncio thread of our own process.
 
-Everything of hivemind's networking that the project relies on is here (hivemind 1.1.12):
-`P2P.create/_terminate/get_visible_maddrs`, `P2P._client.connect` (to dial each entry point by itself,
-so that a dead one can be named), `DHTNode.create/store/get/shutdown`, `ServicerBase` handlers and
-stubs, and the fact that an asyncio event loop starts the p2p daemon through its `subprocess_exec`.
+What of hivemind's networking the project relies on is here and in `coordinator.guard` (hivemind 1.1.12):
+`P2P.create/_terminate/get_visible_maddrs`, `P2P._client.connect/identify` (to dial each entry point by
+itself, so that a dead one can be named), `DHTNode.create/store/get/shutdown`, `ServicerBase` handlers
+and stubs, and the fact that an asyncio event loop starts the p2p daemon through its `subprocess_exec`.
 Above this module messages are bytes, peers are base58 strings, and every call has a time limit.
+
+A daemon that dies, or is frozen, is replaced in place: same identity, same port where it is free,
+handlers and DHT node as before. Calls fail in between. When that does not work either, `is_daemon_alive`
+says so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import json
 import logging
-import signal
+import resource
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, AsyncIterator, TypeVar  # noqa: UP035 (hivemind reads the hint by its name in typing)
+from typing import Any, AsyncIterator, Literal, TypeVar  # noqa: UP035 (hivemind reads the hint by its name in typing)
 
+import base58
 from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.dht.node import DHTNode
 from hivemind.dht.validation import RecordValidatorBase
-from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
+from hivemind.p2p import P2PContext, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from coordinator.errors import NetworkError, UsageError
+from coordinator.guard import Guard, GuardedP2P, guard_dht
 from coordinator.identity import Identity
+from coordinator.janitor import DaemonLoop, Janitor
 from coordinator.records import MAX_MESSAGE_BYTES, RecordError, parse_json
 
 logger = logging.getLogger(__name__)
@@ -44,6 +50,19 @@ DIAL_TIMEOUT_SECONDS = 15.0
 SHUTDOWN_TIMEOUT_SECONDS = 10.0
 DHT_TIMEOUT_SECONDS = 8.0  # one store or get; hivemind gives up on a silent node after 3
 POLL_SECONDS = 0.2
+RETRY_SECONDS = 0.5  # before a broken call is made again; longer each time
+PING_SECONDS = 2.0  # between two looks whether the daemon answers; its end is seen at once
+PING_TIMEOUT_SECONDS = 5.0  # it takes a millisecond; two in a row without an answer mean frozen
+RESTART_PAUSES_SECONDS = (0.0, 1.0, 3.0)  # before each attempt to replace a daemon
+MAX_RESTARTS = 5  # within RESTART_WINDOW_SECONDS; then something is wrong that no restart mends
+RESTART_WINDOW_SECONDS = 600.0
+MAX_KNOWN_PEERS = 1024  # whose addresses are kept, to be dialled again
+MAX_KNOWN_ADDRESSES_DIALLED = 64
+REACH_SECONDS = 5.0  # between two looks for peers that were lost
+MAX_REACHED_AT_ONCE = 8
+FORGET_PEER_SECONDS = 6 * 3600.0  # the longest partition that heals by itself
+MAX_REACH_PAUSE_SECONDS = 60.0  # between two attempts at one peer: a partition heals that much later
+MIN_DESCRIPTORS = 4096  # asked for where the machine allows it: a stream needs one
 
 UnaryHandler = Callable[[str, Any], Awaitable[bytes]]  # (authenticated peer id, JSON body) -> reply
 StreamHandler = Callable[[str, Any], AsyncIterator[bytes]]
@@ -71,33 +90,19 @@ class NetworkConfig:
     remembered_peers: tuple[
         str, ...
     ] = ()  # met earlier: dialled as well, and nothing is wrong if none answers
+    listens: bool = True  # False: takes no connections, only makes them
+    # "public": others can dial this peer, and it relays for those that cannot be dialled;
+    # "private": they cannot (NAT, firewall), so it asks its entry points to relay for it.
+    reachability: Literal["unknown", "public", "private"] = "unknown"
     startup_timeout_seconds: float = 60.0  # p2pd needs up to 15 s on a loaded machine
 
 
-class _DaemonInItsOwnSession(asyncio.SelectorEventLoop):
-    """Starts children in their own session: Ctrl-C in a terminal must not kill p2pd before our goodbye."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._children: list[asyncio.SubprocessTransport] = []
-
-    async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Any:
-        transport, protocol = await super().subprocess_exec(*args, start_new_session=True, **kwargs)
-        self._children.append(transport)
-        return transport, protocol
-
-    async def end_children(self, timeout_seconds: float) -> None:
-        """By SIGTERM; by SIGKILL those that do not follow in time (one may be frozen)."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            ends_at = self.time() + timeout_seconds
-            for child in self._children:
-                if child.get_returncode() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        child.send_signal(number)
-            while any(child.get_returncode() is None for child in self._children) and self.time() < ends_at:
-                await asyncio.sleep(0.01)
-        for child in self._children:
-            child.close()
+@dataclass
+class _KnownPeer:
+    addresses: tuple[str, ...]  # where it says it is
+    pause_seconds: float  # before the next attempt to reach it, should it be lost
+    next_try: float  # by time.monotonic()
+    heard_at: float  # by time.monotonic()
 
 
 class _PeerRpc(ServicerBase):
@@ -125,18 +130,31 @@ class Network:
         self._reached: list[str] = []  # entry points that answered
         self._unary: dict[str, UnaryHandler] = {}
         self._streams: dict[str, StreamHandler] = {}
-        self._loop = _DaemonInItsOwnSession()
+        self._janitor = Janitor()
+        self._loop = DaemonLoop(self._janitor)
         self._thread = threading.Thread(target=self._run_loop, name="network", daemon=True)
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio itself keeps no strong reference
-        self._p2p: P2P | None = None
+        self._guard = Guard()
+        self._p2p: GuardedP2P | None = None
         self._node: DHTNode | None = None
+        self._validator: RecordValidatorBase | None = None
+        self._known: dict[str, _KnownPeer] = {}  # by peer id
+        self._port: str | None = None  # on which this peer listens, to be had again after a restart
+        self._restarted_at: list[float] = []
+        self._on_restart: list[Callable[[], Awaitable[None]]] = []
+        self._failure: str | None = None  # why there is no daemon any more
 
     # for any thread
 
     def __enter__(self) -> Network:
+        _raise_descriptor_limit()
         self._thread.start()
         try:
+            self._janitor.start()
             self.run(self._start(), timeout_seconds=2 * self._config.startup_timeout_seconds)
+        except OSError as error:
+            self.close()
+            raise NetworkError(f"no room for the sockets of the p2p daemon: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -153,6 +171,7 @@ class Network:
                 logger.warning("the network did not stop in order: %s", error)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=SHUTDOWN_TIMEOUT_SECONDS)
+        self._janitor.close(SHUTDOWN_TIMEOUT_SECONDS)
         if not self._thread.is_alive() and not self._loop.is_closed():
             self._loop.close()
 
@@ -189,7 +208,8 @@ class Network:
         return self._config.identity.peer_id
 
     @property
-    def p2p(self) -> P2P:
+    def p2p(self) -> GuardedP2P:
+        """Another one after a restart of the daemon; stream handlers added to it are carried over."""
         if self._p2p is None:
             raise NetworkError("the network is not running")
         return self._p2p
@@ -200,8 +220,21 @@ class Network:
         return float(get_dht_time())
 
     def is_daemon_alive(self) -> bool:
-        child = self._p2p._child if self._p2p else None
-        return child is not None and child.returncode is None
+        """False when it has died for good; while it is being replaced it counts as alive."""
+        return self._p2p is not None and self._failure is None
+
+    @property
+    def num_refused(self) -> int:
+        """Calls and streams of others that were refused because there were too many."""
+        return self._guard.num_refused
+
+    def remember(self, peer_id: str, addresses: Sequence[str]) -> None:
+        """Where a peer says it is: who lost all connections finds the others again."""
+        known = self._known.pop(peer_id, None)
+        pause_seconds, next_try = (known.pause_seconds, known.next_try) if known else (REACH_SECONDS, 0.0)
+        self._known[peer_id] = _KnownPeer(tuple(addresses)[:8], pause_seconds, next_try, time.monotonic())
+        if len(self._known) > MAX_KNOWN_PEERS:
+            del self._known[next(iter(self._known))]
 
     # for the network's own thread
 
@@ -211,14 +244,35 @@ class Network:
     def on_stream(self, method: str, handler: StreamHandler) -> None:
         self._streams[method] = handler
 
+    def on_restart(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """To be awaited after a new daemon has taken the place of the old one; handlers are there already."""
+        self._on_restart.append(callback)
+
     def create_task(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
         return task
 
-    async def call(self, peer_id: str, method: str, body: object, *, timeout_seconds: float) -> bytes:
-        """One request, one reply. Raises PeerUnreachable."""
+    async def call(
+        self, peer_id: str, method: str, body: object, *, timeout_seconds: float, num_attempts: int = 1
+    ) -> bytes:
+        """One request, one reply. Raises PeerUnreachable.
+
+        `num_attempts`: for what may be asked twice, how often, should the connection break; a refusal
+        and a silence are answers. The limit counts for each.
+        """
+        for attempt in range(num_attempts - 1):
+            try:
+                return await self._call_once(peer_id, method, body, timeout_seconds)
+            except PeerUnreachable as error:
+                if not isinstance(error.__cause__, P2PDaemonError | ConnectionError | EOFError):
+                    raise
+                logger.info("asking again: %s", error)
+                await asyncio.sleep(RETRY_SECONDS * (attempt + 1))
+        return await self._call_once(peer_id, method, body, timeout_seconds)
+
+    async def _call_once(self, peer_id: str, method: str, body: object, timeout_seconds: float) -> bytes:
         stub = _PeerRpc.get_stub(self.p2p, PeerID.from_base58(peer_id), namespace=RPC_NAMESPACE)
         request = BytesValue(value=_make_request(method, body))
         try:
@@ -255,18 +309,21 @@ class Network:
 
     async def start_dht(self, validator: RecordValidatorBase) -> None:
         """Become a node of the DHT of the entry points; `validator` guards what it stores and reads."""
+        self._validator = validator
         self._node = await DHTNode.create(
             p2p=self._p2p,
+            node_id=self._node.node_id if self._node else None,
             initial_peers=self._reached,
             record_validator=validator,
             ensure_bootstrap_success=False,
             strict=False,
         )
+        guard_dht(self._node)
 
     @property
     def entry_points(self) -> list[str]:
         """Peer ids of the entry points that answered."""
-        return list(dict.fromkeys(str(Multiaddr(address)["p2p"]) for address in self._reached))
+        return list(dict.fromkeys(_split_address(address)[1] for address in self._reached))
 
     async def dht_store(self, key: str, subkey: str, value: bytes, *, expires_at: float) -> bool:
         """Raises NetworkError, within a bounded time."""
@@ -307,21 +364,163 @@ class Network:
             _check_address(address)
             if f"{address}/".endswith("/tcp/0/") or "/tcp/0/" in address:
                 raise UsageError(f"{address!r}: announce an address with its port; 0 means any")
-        on_loopback = all(address.startswith(_LOOPBACK) for address in config.host_maddrs)
+        self._p2p = await self._start_daemon(config.host_maddrs)
+        self._reached = await self._dial_entry_points()
+        for address in self._reached:
+            self.remember(_split_address(address)[1], [address])
+        await _PeerRpc(self._unary, self._streams).add_p2p_handlers(self._p2p, namespace=RPC_NAMESPACE)
+        self._port = await self._listening_port()
+        self.create_task(self._watch_daemon())
+        self.create_task(self._keep_reaching())
+
+    async def _start_daemon(self, host_maddrs: Sequence[str]) -> GuardedP2P:
+        """Raises NetworkError."""
+        config, folder = self._config, self._janitor.folder
+        if folder is None:
+            raise NetworkError("the network is closed")
+        if not config.identity.path.is_file():  # hivemind would write another one there
+            raise NetworkError(f"{config.identity.path}: the identity is gone")
+        on_loopback = all(address.startswith(_LOOPBACK) for address in host_maddrs)
         try:
-            self._p2p = await P2P.create(
-                host_maddrs=list(config.host_maddrs),
+            return await GuardedP2P.guarded(
+                self._guard,
+                folder,
+                host_maddrs=list(host_maddrs),
                 announce_maddrs=list(config.announce_maddrs) or None,
                 identity_path=str(config.identity.path),
                 check_if_identity_free=False,
                 nat_port_map=not on_loopback,  # both would send packets beyond this machine
                 auto_nat=not on_loopback,
                 startup_timeout=config.startup_timeout_seconds,
+                **_reachability_options(config),
             )
-        except (P2PDaemonError, OSError) as error:
+        except _TRANSPORT_ERRORS as error:
             raise NetworkError(f"the p2p daemon did not start: {_first_line(error)}") from error
-        self._reached = await self._dial_entry_points()
-        await _PeerRpc(self._unary, self._streams).add_p2p_handlers(self._p2p, namespace=RPC_NAMESPACE)
+
+    async def _listening_port(self) -> str | None:
+        """Where others find this peer; None when it cannot be told from what is announced."""
+        if self._config.announce_maddrs:
+            return None
+        try:
+            _, found = await self.p2p._client.identify()
+        except _TRANSPORT_ERRORS:
+            return None
+        ports = {address["tcp"] for address in found if "tcp" in {p.name for p in address.protocols()}}
+        return ports.pop() if len(ports) == 1 else None
+
+    # a partition that heals
+
+    async def _keep_reaching(self) -> None:
+        """Ping known peers that the DHT has lost: by itself it never asks them again, and stays in halves."""
+        while True:
+            await asyncio.sleep(REACH_SECONDS)
+            now = time.monotonic()
+            self._known = {
+                peer_id: known
+                for peer_id, known in self._known.items()
+                if now - known.heard_at < FORGET_PEER_SECONDS
+            }
+            lost = [p for p, known in self._known.items() if known.next_try <= now and not self._is_in_dht(p)]
+            lost.sort(key=lambda peer_id: self._known[peer_id].next_try)
+            await asyncio.gather(*(self._reach(peer_id) for peer_id in lost[:MAX_REACHED_AT_ONCE]))
+
+    def _is_in_dht(self, peer_id: str) -> bool:
+        if self._node is None or peer_id == self.peer_id:
+            return True
+        return self._node.protocol.routing_table.get(peer_id=PeerID.from_base58(peer_id)) is not None
+
+    async def _reach(self, peer_id: str) -> None:
+        known = self._known.get(peer_id)
+        if known is None:
+            return
+        own = [a for a in known.addresses if is_entry_address(a) and _split_address(a)[1] == peer_id]
+        for address in own:
+            if await self._dial(address, timeout_seconds=REACH_SECONDS) is None:
+                break
+        is_reached = self._node is not None and await _is_pinged(self._node, peer_id)
+        known.pause_seconds = (
+            REACH_SECONDS if is_reached else min(MAX_REACH_PAUSE_SECONDS, 2 * known.pause_seconds)
+        )
+        known.next_try = time.monotonic() + known.pause_seconds
+
+    # a daemon that dies
+
+    async def _watch_daemon(self) -> None:
+        while True:
+            why = await self._daemon_ended()
+            now = time.monotonic()
+            self._restarted_at = [at for at in self._restarted_at if now - at < RESTART_WINDOW_SECONDS]
+            logger.error("the p2p daemon %s: starting another one", why)
+            is_replaced = False
+            try:
+                is_replaced = len(self._restarted_at) < MAX_RESTARTS and await self._replace_daemon()
+            finally:  # whatever comes out of hivemind: the session must know
+                self._failure = None if is_replaced else why
+            if not is_replaced:
+                return
+            self._restarted_at.append(now)
+
+    async def _daemon_ended(self) -> str:
+        """Waits until it has, and says how."""
+        num_missed = 0
+        child = self.p2p._child
+        while True:
+            try:
+                async with asyncio.timeout(PING_SECONDS):
+                    return f"has ended with code {await child.wait()}"
+            except TimeoutError:
+                pass
+            try:
+                async with asyncio.timeout(PING_TIMEOUT_SECONDS):
+                    await self.p2p._client.identify()
+                num_missed = 0
+            except _TRANSPORT_ERRORS:
+                num_missed += 1  # we may have been stopped ourselves: one alone says nothing
+            if num_missed >= 2 and child.returncode is None:
+                return f"has not answered for {2 * PING_TIMEOUT_SECONDS:.0f} s"
+
+    async def _replace_daemon(self) -> bool:
+        old = self.p2p
+        old.fail_pending_calls()
+        old._terminate()
+        for pause_seconds, host_maddrs in zip(RESTART_PAUSES_SECONDS, self._where_to_listen(), strict=True):
+            await self._loop.end_children(SHUTDOWN_TIMEOUT_SECONDS / 10)
+            await asyncio.sleep(pause_seconds)
+            try:
+                self._p2p = await self._start_daemon(host_maddrs)
+                await self._reconnect()
+                return True
+            except (NetworkError, *_TRANSPORT_ERRORS) as error:
+                logger.error("could not replace the p2p daemon: %s", error)
+        return False
+
+    def _where_to_listen(self) -> list[Sequence[str]]:
+        """On the same port, so that others find us again; at last on any."""
+        given = self._config.host_maddrs
+        same = [
+            f"{a}/".replace("/tcp/0/", f"/tcp/{self._port}/").rstrip("/") if self._port else a for a in given
+        ]
+        return [same] * (len(RESTART_PAUSES_SECONDS) - 1) + [given]
+
+    async def _reconnect(self) -> None:
+        """Handlers, connections and DHT node of the old daemon, in the new one."""
+        await _PeerRpc(self._unary, self._streams).add_p2p_handlers(self.p2p, namespace=RPC_NAMESPACE)
+        present = self.p2p._client.control.handlers
+        for name, handler in list(self._guard.stream_handlers.items()):
+            if name not in present:
+                await self.p2p.add_binary_stream_handler(name, handler)
+        known = [a for k in reversed(self._known.values()) for a in k.addresses if is_entry_address(a)]
+        wanted = dict.fromkeys([*self._reached, *known, *self._config.initial_peers])
+        candidates = list(wanted)[:MAX_KNOWN_ADDRESSES_DIALLED]
+        results = await asyncio.gather(*(self._dial(address) for address in candidates))
+        self._reached = [a for a, why in zip(candidates, results, strict=True) if why is None]
+        logger.info("reached %d of %d known addresses again", len(self._reached), len(candidates))
+        if self._node is not None and self._validator is not None:
+            self._node.is_alive, storage = False, self._node.protocol.storage
+            await self.start_dht(self._validator)
+            self._node.protocol.storage = storage
+        for callback in self._on_restart:
+            await callback()
 
     async def _dial_entry_points(self) -> list[str]:
         """Those entry points that answer. Raises NetworkError that names each when none does."""
@@ -340,18 +539,16 @@ class Network:
             )
         return reached
 
-    async def _dial(self, address: str) -> str | None:
-        maddr = Multiaddr(address)
-        peer_id = maddr["p2p"]
+    async def _dial(self, address: str, timeout_seconds: float = DIAL_TIMEOUT_SECONDS) -> str | None:
+        """Why it does not answer; None when it does."""
+        transport, peer_id = _split_address(address)
         if peer_id == self.peer_id:
             return "this is my own identity: two peers cannot share an identity file"
-        transport = maddr.decapsulate(Multiaddr(f"/p2p/{peer_id}"))
         try:
-            await asyncio.wait_for(
-                self.p2p._client.connect(PeerID.from_base58(peer_id), [transport]), DIAL_TIMEOUT_SECONDS
-            )
+            async with asyncio.timeout(timeout_seconds):
+                await self.p2p._client.connect(PeerID.from_base58(peer_id), [_dialable(transport)])
         except _TRANSPORT_ERRORS as error:
-            return _reason(error, DIAL_TIMEOUT_SECONDS)
+            return _reason(error, timeout_seconds)
         return None
 
     async def _stop(self) -> None:
@@ -365,6 +562,7 @@ class Network:
             logger.debug("the DHT node did not stop in order: %s", error)
         if self._p2p is not None:
             self._p2p._terminate()
+        self._failure = "the network is closed"
         await self._loop.end_children(SHUTDOWN_TIMEOUT_SECONDS / 4)
         leftover = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in leftover:
@@ -386,6 +584,34 @@ def is_entry_address(address: str) -> bool:
     return True
 
 
+def _reachability_options(config: NetworkConfig) -> dict[str, Any]:
+    """Of `P2P.create`. A relay serves only where it knows that it is public."""
+    options: dict[str, Any] = {"no_listen": not config.listens}
+    if config.reachability != "unknown":
+        options["force_reachability"] = config.reachability
+    if config.reachability == "private":
+        options["use_auto_relay"] = True
+        options["trusted_relays"] = [*config.initial_peers, *config.remembered_peers] or None
+    return options
+
+
+def _raise_descriptor_limit() -> None:
+    """Many systems give a process 1024, though it may have more when it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MIN_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MIN_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def _is_pinged(node: DHTNode, peer_id: str) -> bool:
+    """After that each has the other in its routing table."""
+    peer = PeerID.from_base58(peer_id)
+    if await node.protocol.call_ping(peer) is None:
+        return False
+    node.blacklist.register_success(peer)  # hivemind's grows twofold with each failure, without a bound
+    return True
+
+
 async def _bounded(operation: Awaitable[T], what: str) -> T:
     try:
         return await asyncio.wait_for(operation, DHT_TIMEOUT_SECONDS)
@@ -401,10 +627,34 @@ def _check_address(address: str, *, is_entry_point: bool = False) -> None:
         raise UsageError(
             f"{address!r} is not a multiaddress such as /ip4/127.0.0.1/tcp/4001: {error}"
         ) from error
-    if is_entry_point and "p2p" not in protocols:
+    transport, peer_id = _split_address(address)
+    if is_entry_point and ("p2p" not in protocols or not transport or "/" in peer_id):
         raise UsageError(
             f"{address!r} does not end in /p2p/PEER_ID: give the whole address that the peer printed"
         )
+
+
+def _split_address(address: str) -> tuple[str, str]:
+    """Where a peer is, and its id; the first part names another one where that relays."""
+    transport, _, peer_id = address.rpartition("/p2p/")
+    return transport, peer_id
+
+
+def _dialable(transport: str) -> Multiaddr:
+    """hivemind writes the id of a relay as a CID, which the daemon does not read: here it is a multihash."""
+    base, _, rest = transport.partition("/p2p/")
+    if not rest:
+        return Multiaddr(transport)
+    relay, _, tail = rest.partition("/")
+    raw_id = base58.b58decode(relay)
+    p2p_code = b"\xa5\x03"  # 421 as a varint (multiaddr's table of protocols)
+    return Multiaddr(
+        Multiaddr(base).to_bytes()
+        + p2p_code
+        + bytes([len(raw_id)])
+        + raw_id
+        + Multiaddr(f"/{tail}").to_bytes()
+    )
 
 
 def _make_request(method: str, body: object) -> bytes:

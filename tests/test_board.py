@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from hivemind.dht.validation import DHTRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator import board
 from coordinator.board import MAX_LIFETIME_SECONDS, Board, BoardValidator, board_key
 from coordinator.chain import Chain
 from coordinator.identity import Identity
@@ -85,15 +87,35 @@ def test_what_does_not_belong_there_is_refused(record: DHTRecord) -> None:
     assert not is_taken(record)
 
 
-def test_other_keys_are_bounded_in_size_and_time() -> None:
-    def record(size: int, expires_at: float) -> DHTRecord:
-        return DHTRecord(b"k" * 20, b"", bytes(size), expires_at)
+def test_nothing_is_stored_under_other_keys() -> None:
+    good = make_record()
+    assert not is_taken(DHTRecord(b"k" * 20, good.subkey, good.value, good.expiration_time))
 
-    assert is_taken(record(MAX_RECORD_BYTES, NOW + MAX_LIFETIME_SECONDS))
-    assert not is_taken(record(MAX_RECORD_BYTES + 1, NOW))
-    assert not is_taken(record(1, NOW + MAX_LIFETIME_SECONDS + 1.0))
-    assert not is_taken(record(1, math.inf))
-    assert not is_taken(record(1, math.nan))
+
+@pytest.mark.parametrize("expires_at", [NOW + MAX_LIFETIME_SECONDS + 1.0, math.inf, math.nan])
+def test_nothing_lives_for_ever(expires_at: float) -> None:
+    assert not is_taken(make_record(expires_at=expires_at))
+
+
+def test_a_good_record_is_checked_once_and_one_that_differs_is_checked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    validator, good = BoardValidator(RUN, now=lambda: NOW), make_record()
+    assert validator.validate(good)
+    with monkeypatch.context() as patch:
+        patch.setattr(board, "open_signed", None)  # calling it would be a TypeError
+        assert validator.validate(good)
+    assert not validator.validate(dataclasses.replace(good, expiration_time=NOW + 29.5))
+    assert not validator.validate(dataclasses.replace(good, subkey=msgpack.packb(peer("b"))))
+    assert not validator.validate(dataclasses.replace(good, key=b"k" * 20))
+
+
+def test_what_is_remembered_of_records_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "MAX_REMEMBERED_RECORDS", 3)
+    validator = BoardValidator(RUN, now=lambda: NOW)
+    for second in range(5):
+        assert validator.validate(make_record(expires_at=NOW + second))
+    assert len(validator._good) == 3
 
 
 @given(st.binary(max_size=60), st.binary(max_size=60), st.floats())

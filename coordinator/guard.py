@@ -1,0 +1,299 @@
+"""Which of hivemind's own ways in are bounded, before anything of a message is parsed?
+
+hivemind 1.1.12 serves whoever calls, as often and as much as it likes. Here every call and every stream
+passes a budget of its sender first (`coordinator.limits`), DHT calls included, and four names of
+hivemind are replaced or wrapped; `tests/test_network.py` pins them:
+
+- `P2P.receive_raw_data` believed an 8-byte length from the other side; it is bounded.
+- `ControlClient._handle_persistent_request` is the one place through which all unary calls come in;
+  hivemind also kept an entry for ever of each call that its sender cancelled.
+- `DictionaryDHTValue.store` took any number of entries, and an old entry, stored again, made the newer
+  one expire with it.
+- `DHTProtocol.call_find` believed any expiration, so an empty answer could end a search.
+
+A refused call is answered with an error and costs 0.1 ms; who goes on all the same is disconnected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from hivemind.dht.node import DHTNode
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.proto import p2pd_pb2
+from hivemind.utils import get_dht_time
+
+from coordinator.limits import Budget, Limiter, OpenStreams, Rate, Refusal
+from coordinator.records import MAX_MESSAGE_BYTES, MAX_RECORD_BYTES, RecordError
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAM_MESSAGE_BYTES = 1024 * 1024 + 1024  # one message of a protobuf stream; ours have 256 KB
+MAX_CALL_BYTES = MAX_MESSAGE_BYTES + 1024  # one unary request of ours, with its wrapping
+MAX_DHT_CALL_BYTES = 4 * 1024 * 1024  # a node that joins gets the whole board in one
+MAX_DHT_ENTRIES = 1024  # of one key; a run has at most so many peers
+MAX_DHT_VALUE_BYTES = 3 * 1024 * 1024  # of one key: an answer must stay below the daemon's 4 MB
+MAX_DHT_LIFETIME_SECONDS = 4000.0
+MAX_STREAMS_PER_PEER = 64
+MAX_STREAMS = 768  # one descriptor each, of the 1024 that a process has by default
+TOKEN_BYTES = 16 * 1024  # a call costs one token, and one for each of these
+DHT_TOKEN_BYTES = 4 * 1024  # DHT records are verified one by one: 4 KB are two or three signatures
+
+# An honest peer makes a few calls a second; a download opens one stream per megabyte.
+CALLS = Budget(
+    per_peer=Rate(per_second=100, burst=200, max_delay_seconds=1.0),
+    total=Rate(per_second=2000, burst=4000, max_delay_seconds=0.5),
+    max_refused=1000,
+)
+DHT_CALLS = Budget(
+    per_peer=Rate(per_second=50, burst=200, max_delay_seconds=1.0),
+    total=Rate(per_second=1000, burst=2000, max_delay_seconds=0.5),
+    max_refused=500,
+)
+STREAMS = Budget(
+    per_peer=Rate(per_second=100, burst=200, max_delay_seconds=1.0),
+    total=Rate(per_second=1000, burst=2000, max_delay_seconds=0.5),
+    max_refused=200,
+)
+DISCONNECT_SECONDS = 2.0
+_NUM_DISCONNECTS = 2  # at one time
+_LOG_SECONDS = 60.0
+_NOISY_LOGGERS = (
+    "hivemind.p2p.p2p_daemon",
+    "hivemind.p2p.p2p_daemon_bindings.control",
+    "hivemind.dht.protocol",
+)
+
+StreamHandler = Callable[[Any, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class MessageTooLargeError(ValueError):
+    """The other side announced more than is taken."""
+
+
+class Guard:
+    """The budgets of all who call; outlives the P2P object, so that a restart gives nobody a fresh one."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._calls, self._dht, self._opened = (
+            Limiter(budget, now()) for budget in (CALLS, DHT_CALLS, STREAMS)
+        )
+        self.open_streams = OpenStreams(MAX_STREAMS_PER_PEER, MAX_STREAMS)
+        self.num_refused = 0
+        self.num_disconnects = 0
+        self.stream_handlers: dict[
+            str, StreamHandler
+        ] = {}  # raw ones, to be registered again after a restart
+        self._disconnecting: set[str] = set()
+
+    async def pass_call(self, p2p: P2P, peer_id: str, handler_name: str, num_bytes: int) -> None:
+        """Returns when the call may be served. Raises RecordError when it is refused."""
+        is_dht = handler_name.startswith("DHTProtocol.")
+        if num_bytes > (MAX_DHT_CALL_BYTES if is_dht else MAX_CALL_BYTES):
+            raise RecordError(f"a request of {num_bytes} bytes")
+        limiter, unit = (self._dht, DHT_TOKEN_BYTES) if is_dht else (self._calls, TOKEN_BYTES)
+        verdict = limiter.admit(peer_id, self._now(), 1.0 + num_bytes // unit)
+        if isinstance(verdict, Refusal):
+            self._refused(p2p, peer_id, "calls", verdict)
+            raise RecordError("too many calls: slow down")
+        if verdict > 0.0:
+            await asyncio.sleep(verdict)
+
+    async def pass_stream(self, p2p: P2P, peer_id: str) -> bool:
+        """Whether the stream may be served; then `open_streams.close` must follow."""
+        verdict = self._opened.admit(peer_id, self._now())
+        if isinstance(verdict, Refusal):
+            self._refused(p2p, peer_id, "streams", verdict)
+            return False
+        if not self.open_streams.open(peer_id):
+            self.num_refused += 1
+            logger.debug("peer %s has too many streams open", peer_id[-8:])
+            return False
+        if verdict > 0.0:
+            await asyncio.sleep(verdict)
+        return True
+
+    def _refused(self, p2p: P2P, peer_id: str, what: str, refusal: Refusal) -> None:
+        self.num_refused += 1
+        if refusal.num_unlogged:
+            logger.warning("refused %d %s of peer %s: too many", refusal.num_unlogged, what, peer_id[-8:])
+        if (
+            refusal.is_cut_off
+            and len(self._disconnecting) < _NUM_DISCONNECTS
+            and peer_id not in self._disconnecting
+        ):
+            self._disconnecting.add(peer_id)
+            asyncio.create_task(self._disconnect(p2p, peer_id))  # noqa: RUF006 (the loop keeps its tasks)
+
+    async def _disconnect(self, p2p: P2P, peer_id: str) -> None:
+        self.num_disconnects += 1
+        try:
+            async with asyncio.timeout(DISCONNECT_SECONDS):
+                await p2p._client.disconnect(PeerID.from_base58(peer_id))
+        except (P2PDaemonError, OSError, EOFError) as error:
+            logger.debug("could not disconnect %s: %s", peer_id[-8:], error)
+        finally:
+            self._disconnecting.discard(peer_id)
+
+
+class GuardedP2P(P2P):
+    """hivemind's P2P behind a guard; `guarded` makes one."""
+
+    guard: Guard
+
+    @classmethod
+    async def guarded(cls, guard: Guard, socket_folder: Path, **options: Any) -> GuardedP2P:
+        """`socket_folder`: where the sockets between daemon and process lie; hivemind's are in /tmp."""
+        values = {"guard": guard, "_UNIX_SOCKET_PREFIX": f"/unix{socket_folder}/"}
+        p2p: GuardedP2P = await type("GuardedP2P", (cls,), values).create(**options)  # type: ignore[attr-defined]
+        control: ControlClient = p2p._client.control
+
+        async def handle(call_id: Any, request: Any) -> None:
+            await _handle_unary(p2p, control, call_id, request)
+
+        control._handle_persistent_request, control._handler_tasks = handle, _RunningCalls()
+        # When the daemon dies this ends with an error that nobody waits for; the network's watch tells it.
+        control._read_task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return p2p
+
+    async def add_binary_stream_handler(
+        self, name: str, handler: StreamHandler, balanced: bool = False
+    ) -> None:
+        async def guarded(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer_id = str(info.peer_id)
+            if not await self.guard.pass_stream(self, peer_id):
+                writer.close()
+                return
+            try:
+                await handler(info, reader, writer)
+            finally:
+                self.guard.open_streams.close(peer_id)
+                writer.close()
+
+        await super().add_binary_stream_handler(name, guarded, balanced)
+        self.guard.stream_handlers[name] = handler
+
+    async def remove_binary_stream_handler(self, name: str) -> None:
+        self.guard.stream_handlers.pop(name, None)
+        await super().remove_binary_stream_handler(name)
+
+    def fail_pending_calls(self) -> None:
+        """Of a daemon that is gone: hivemind would let them wait until their time is over."""
+        for future in list(self._client.control._pending_calls.values()):
+            if not future.done():
+                future.set_exception(P2PDaemonError("the p2p daemon is gone"))
+
+
+def guard_dht(node: DHTNode) -> None:
+    """Answers of other nodes: none lives for ever, and an empty dictionary is no answer."""
+    protocol = node.protocol
+    find = protocol.call_find
+
+    async def call_find(peer: PeerID, keys: Any) -> Any:
+        output = await find(peer, keys)
+        latest = get_dht_time() + MAX_DHT_LIFETIME_SECONDS
+        for key, (value, nearest) in (output or {}).items():
+            is_empty = (
+                value is not None and isinstance(value.value, DictionaryDHTValue) and not value.value.data
+            )
+            if value is not None and (is_empty or not value.expiration_time <= latest):
+                output[key] = None, nearest
+        return output
+
+    protocol.call_find = call_find
+
+
+class _RunningCalls(dict[Any, "asyncio.Task[None]"]):
+    """Calls of others that are being served; each goes when it ends, also one that was cancelled."""
+
+    def __setitem__(self, call_id: Any, task: asyncio.Task[None]) -> None:
+        super().__setitem__(call_id, task)
+        task.add_done_callback(lambda _: self.pop(call_id, None))
+
+
+async def _handle_unary(p2p: GuardedP2P, control: ControlClient, call_id: Any, request: Any) -> None:
+    """In the place of hivemind's: the budget is asked first."""
+    handler = control.unary_handlers.get(request.proto)
+    if handler is None:
+        return
+    remote_id = PeerID(request.peer)
+    try:
+        await p2p.guard.pass_call(p2p, str(remote_id), _handler_name(request.proto), len(request.data))
+        reply = p2pd_pb2.CallUnaryResponse(response=await handler(request.data, remote_id))
+    except Exception as error:  # whatever a handler raises is its caller's answer
+        logger.debug("a call of %s failed", request.proto, exc_info=True)
+        reply = p2pd_pb2.CallUnaryResponse(
+            error=f"{type(error).__name__}: {error}"[:500].encode(errors="replace")
+        )
+    message = p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, unaryResponse=reply)
+    if message.ByteSize() > control.persistent_conn_max_msg_size:
+        error_reply = p2pd_pb2.CallUnaryResponse(error=b"the reply is too large")
+        message = p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, unaryResponse=error_reply)
+    await control._pending_messages.put(message)
+
+
+def _handler_name(proto: str) -> str:
+    """Without its namespace."""
+    return proto.rpartition("::")[2]
+
+
+async def _receive_raw_data(reader: asyncio.StreamReader) -> bytes:
+    length = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
+    if length > MAX_STREAM_MESSAGE_BYTES:
+        raise MessageTooLargeError(
+            f"a message of {length} bytes where at most {MAX_STREAM_MESSAGE_BYTES} are taken"
+        )
+    return await reader.readexactly(length)
+
+
+_store_any = DictionaryDHTValue.store
+
+
+def _store_bounded(self: DictionaryDHTValue, key: Any, value: Any, expiration_time: float) -> bool:
+    known = self.get(key)
+    if known is not None and not known.expiration_time < expiration_time:
+        return False
+    others = len(self) - (known is not None)
+    if others >= MAX_DHT_ENTRIES:
+        return False
+    if (others + 1) * MAX_RECORD_BYTES > MAX_DHT_VALUE_BYTES:  # it may be too large: count
+        num_bytes = sum(len(entry.value) for entry in self.data.values())  # what is replaced included
+        if num_bytes + len(value) > MAX_DHT_VALUE_BYTES:
+            return False
+    return bool(_store_any(self, key, value, expiration_time))
+
+
+class _OncePerMinute(logging.Filter):
+    """hivemind logs a traceback for every stream that another peer breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told_at: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        if record.exc_info and isinstance(record.exc_info[1], RecordError):
+            return False  # a refusal: the other side is told, and it is no failure here
+        now, text = time.monotonic(), str(record.msg)[:100]
+        if now < self._told_at.get(text, float("-inf")) + _LOG_SECONDS:
+            return False
+        if len(self._told_at) > 100:
+            self._told_at.clear()
+        self._told_at[text] = now
+        return True
+
+
+P2P.receive_raw_data = staticmethod(_receive_raw_data)
+DictionaryDHTValue.store = _store_bounded
+for _name in _NOISY_LOGGERS:
+    logging.getLogger(_name).addFilter(_OncePerMinute())
