@@ -2,103 +2,134 @@
 
 One `Agreement` lives in the network's thread. It holds the chain of commits and the own heartbeat,
 answers the others' calls, and runs `fuse`: decide -> lead or follow -> reduce -> vote -> commit.
-The reduction itself is given to it as a function, so it knows nothing of tensors.
+The reduction itself is given to it as a function, so it knows nothing of tensors. What may be promised, begun
+and signed is decided by `ballot.py`; here are the calls, the deadlines and the order of things: a promise
+is remembered before it leaves the peer.
 
     propose   leader -> member    signed proposal: who is ready (their own signed records), who must sign
-    begin     leader -> member    the members that accepted; the all-reduce may start
+    begin     leader -> member    the acceptances; the all-reduce may start, or a value is signed again
     vote      member -> member    signature over the commit that this member computed
     chain     anybody -> peer     commits after a round
     heartbeat anybody -> peer     a signed heartbeat, so that nobody waits for the next look at the board
+
+Who need not be waited for gives up its vote (`resigned` in its heartbeat): a peer that waits, is done,
+leaves or serves only. A peer that has signed in a round cannot: `set_phase` then changes the phase and keeps
+the vote, so the others count it until it is silent for longer than the lease.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from coordinator.board import Board
-from coordinator.chain import Chain, is_better, required_signatures
-from coordinator.errors import NetworkError, RoundError
+from coordinator.ballot import (
+    MAX_ATTEMPTS_AHEAD,
+    Ballot,
+    Candidacy,
+    Group,
+    View,
+    Voter,
+    check_begin,
+    fusion_commit,
+    group_of,
+    member_records,
+    rollback_commit,
+)
+from coordinator.chain import Chain, is_better
+from coordinator.chain_exchange import ChainExchange
+from coordinator.errors import RoundError
 from coordinator.identity import Identity
-from coordinator.membership import Member, Membership
+from coordinator.membership import TRAINING_PHASES, Member, Membership
 from coordinator.network import Network, PeerUnreachable
+from coordinator.pace import Pace
+from coordinator.presence import Presence
 from coordinator.records import (
-    MAX_CLOCK_SKEW_SECONDS,
-    MAX_MESSAGE_BYTES,
+    MAX_REASON_CHARS,
     Commit,
     Contribution,
     PeerRecord,
     Phase,
+    Promise,
     Proposal,
     RecordError,
-    SignedCommit,
-    is_signature_of,
     open_envelope,
     parse_json,
-    parse_record,
     sign,
-    signature_text,
 )
+from coordinator.roster import Roster
 from coordinator.rounds import (
+    NOT_DRAWN,
     Action,
     Alone,
     CatchUp,
     Fuse,
+    Leaders,
     Standing,
     Stop,
+    Wait,
     decide,
-    draw,
     training_deadline,
     trains_on,
-    voters_of,
 )
+from coordinator.voting import Bell, Voting
+
+__all__ = [
+    "Agreement",
+    "Committed",
+    "Fused",
+    "Group",
+    "GroupFailed",
+    "LeftAlone",
+    "Overtaken",
+    "Reduce",
+]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-CALL_TIMEOUT_SECONDS = 3.0  # a small message to a live peer; loopback needs 0.02
-LEADER_TIMEOUT_SECONDS = 6.0  # from "we could fuse" to the leader's begin: two calls
-VOTE_TIMEOUT_SECONDS = 15.0  # from my result to a majority of signatures
-VOTE_GRACE_SECONDS = 2.0  # after the majority, for the signatures of the rest
 POLL_SECONDS = 0.5  # looks at the board while ready
 WATCH_SECONDS = 2.0  # looks at the board otherwise
-MAX_CHAIN_REPLY_COMMITS = 50
-MAX_VOTES_PER_PEER = 8  # in a round; more make room by dropping that peer's oldest
-MAX_ATTEMPTS_AHEAD = 100  # a ballot further ahead than that is refused: it would lock the others out
+MAX_ROLLBACK_ATTEMPTS = 3
+MAX_ADDRESSES = 8
+RESIGNING_PHASES = frozenset({"waiting", "done", "leaving", "serving"})
 
 
 class GroupFailed(RoundError):
-    """An attempt failed because of one peer, who is left out of the next one."""
+    """An attempt failed because of one peer, who is left out of the next one.
 
-    def __init__(self, culprit: str, why: str) -> None:
+    Proven (it sent what does not fit what it signed): out for the rest of the round, and named in the commit.
+    """
+
+    def __init__(self, culprit: str, why: str, *, is_proven: bool = False) -> None:
         super().__init__(f"peer {culprit[-8:]}: {why}")
-        self.culprit = culprit
+        self.culprit, self.why, self.is_proven = culprit, why, is_proven
 
 
 @dataclass(frozen=True)
-class Group:
-    """Who averages with whom, agreed by all of its members."""
+class Fused:
+    """What an all-reduce made."""
 
-    round: int
-    attempt: int
-    members: tuple[str, ...]  # in the order of the slices that they reduce
-    contributions: tuple[Contribution, ...]  # in the same order
-    electorate: tuple[str, ...]  # more than half of these sign the commit
-    proposed_at: float  # DHT time
-    group_id: bytes  # 32 bytes: spec, previous commit, ballot and members
+    state_hash: str
+    contributions: tuple[Contribution, ...]  # the group's, with norm, factor and missing filled in
 
 
-Reduce = Callable[[Group], Awaitable[str]]  # runs the all-reduce; returns the hash of the new state
+Reduce = Callable[[Group], Awaitable[Fused]]  # runs the all-reduce
+Remember = Callable[[Promise], Awaitable[None]]  # stores durably; awaited before anything leaves the peer
+Obtain = Callable[[str, tuple[str, ...]], Awaitable[bool]]  # gets a state by its hash from donors, as pending
 
 
 @dataclass(frozen=True)
 class Committed:
+    """A fusion is adopted already. A roll-back is not: get the state of `chain`, then `adopt` it."""
+
     chain: Chain
-    group: Group
+    group: Group  # without members for a roll-back; they need not include me for a value signed again
+    kind: Literal["fuse", "rollback"] = "fuse"
 
 
 @dataclass(frozen=True)
@@ -113,58 +144,96 @@ class LeftAlone:
 
 class Agreement:
     def __init__(
-        self, network: Network, identity: Identity, chain: Chain, *, serves_only: bool = False
+        self,
+        network: Network,
+        identity: Identity,
+        chain: Chain,
+        *,
+        serves_only: bool = False,
+        remember: Remember | None = None,
+        initial_promise: Promise | None = None,
+        obtain: Obtain | None = None,
+        holds: Callable[[str], bool] | None = None,
+        wants_rollback: Callable[[str], bool] | None = None,
     ) -> None:
+        """`holds`: whether the session has a state at hand, by its hash; by default, if it computed it here.
+
+        `wants_rollback`: whether it agrees to undo the commit of that hash; by default never.
+        """
         self.chain = chain
         self.membership = Membership(chain.spec, identity.peer_id)
+        self.is_overtaken = False  # a better chain than mine was seen and verified
         self._network, self._identity = network, identity
-        self._board = Board(network, chain.spec.digest)
+        self._pace = Pace(chain.spec.lease_seconds)
+        self._presence = Presence(
+            network, identity, chain.spec, self.membership, self._pace, lambda: self._heartbeat()
+        )
+        self._chains = ChainExchange(network, self.membership, self._pace, lambda: self.chain)
         self._serves_only = serves_only  # follows the chain, holds round 0 and trains nothing
+        self._remember, self._obtain = remember, obtain
+        self._holds = holds or self._has_computed
+        self._wants_rollback = wants_rollback or (lambda _: False)
+        self._voter = Voter(identity, chain, initial_promise, holds=lambda state: self._holds(state))
         self._phase: Phase = "serving" if serves_only else "joining"
         self._num_examples, self._entered_at = 0, 0.0
-        self._rejected_tips: set[str] = set()
-        self._attempt = 0  # the next one to try or to accept in this round
-        self._accepted: tuple[int, str] | None = None  # attempt and hash of the proposal I accepted
-        self._proposal: tuple[str, Proposal] | None = None  # its author, and what I accepted
-        self._begun: Group | None = None
-        self._votes: dict[str, dict[str, str]] = {}  # commit hash -> peer -> signature
-        self._voting_until = 0.0
-        self._wake = asyncio.Event()
+        self._bell = Bell()
+        self._roster = Roster(self.membership, self._voter, identity.peer_id, network.now)
+        self._voting = Voting(
+            network,
+            identity,
+            self.membership,
+            self._voter,
+            self._pace,
+            self._presence,
+            self._bell,
+            self._store_promise,
+        )
         self._addresses: list[str] = []
+        self._is_fusing = False
+        self._found: Chain | None = None  # better than mine, certified here; its state is not here yet
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        self._attempt = 0  # the next one to try
+        self._proposal: tuple[str, Proposal] | None = None  # its author, and what I accepted
+        self._begun: Ballot | None = None
+        self._last_begun = ""  # hash of the proposal that began last: a begin that comes twice counts once
         self._computed: tuple[Group, str] | None = None  # my last all-reduce and the hash of its state
-        self.is_overtaken = False  # a better chain than mine was seen and verified
+        self._leaders = Leaders()
 
     # the session's side
 
     async def start(self) -> None:
-        for method in ("propose", "begin", "vote", "chain", "heartbeat"):
+        for method in ("propose", "begin", "vote", "heartbeat"):
             self._network.on_call(method, getattr(self, f"_on_{method}"))
-        self._addresses = (await self._network.addresses())[:8]
-        try:
-            await self._board.read_into(self.membership)
-        except NetworkError as error:
-            logger.warning("could not read the board: %s", error)
+        self._roster.listen()
+        self._addresses = (await self._network.addresses())[:MAX_ADDRESSES]
+        await self._presence.read_board()
         await self.publish()
-        self._network.create_task(self._keep_publishing())
+        self._network.create_task(self._presence.keep_publishing())
         self._network.create_task(self._keep_watching())
 
     async def set_phase(
         self, phase: Phase, *, num_examples: int = 0, entered_at: float | None = None
     ) -> None:
         """Change the own heartbeat, on the board and at every live peer."""
+        if phase in RESIGNING_PHASES:
+            await self._resign()
         self._phase, self._num_examples = phase, num_examples
         if phase != "ready":  # a begin that comes too late must not start the next round's `fuse`
             self._proposal = self._begun = None
         self._entered_at = self._entered_at if entered_at is None else entered_at
         await self.publish()
-        await self._tell_everybody()
+        await self._presence.tell_everybody()
 
     async def publish(self) -> None:
-        record = self._heartbeat()
-        try:
-            await self._board.publish(sign(record, self._identity), expires_at=record.expires_at)
-        except NetworkError as error:
-            logger.warning("could not publish the heartbeat: %s", error)
+        await self._presence.publish()
+
+    @property
+    def locked_state_hash(self) -> str | None:
+        """Of the state that I signed last in this round: the others may commit it yet."""
+        lock = self._voter.lock
+        return None if lock is None else lock.state_hash
 
     def live(self) -> list[Member]:
         return self.membership.live(self._network.now())
@@ -173,9 +242,19 @@ class Agreement:
         return Standing(self._identity.peer_id, self._phase == "ready", self._entered_at)
 
     def decide(self) -> Action:
-        return decide(
-            self.chain, self.standing(), self.live(), self._network.now(), known_tips=self._known_tips()
+        if self._found is not None:
+            return CatchUp(())
+        action = decide(
+            self.chain,
+            self.standing(),
+            self._roster.candidates(),
+            self._network.now(),
+            known_tips=self._chains.known_tips(),
+            absent=self._roster.absent(self.chain),
+            counted=self._roster.counted(),
+            left_out=self._roster.left_out(self._attempt),
         )
+        return self._leaders.ranked(action) if isinstance(action, Fuse) else action
 
     def training_deadline(self) -> float:
         """Instant (DHT time) at which to stop finetuning; may move as peers come and go."""
@@ -184,69 +263,93 @@ class Agreement:
     def adopt(self, chain: Chain) -> None:
         """Move to a chain whose state is held here; the round begins anew."""
         self.chain = chain
-        self._attempt, self._accepted, self._proposal, self._begun = 0, None, None, None
-        self._computed, self.is_overtaken = None, False
-        self._votes.clear()
-        self._voting_until = 0.0
+        self._voter.move_to(chain)
+        self._roster.begin_round()
+        self._voting.begin_round()
+        self._begin_round()
+        self.is_overtaken = False
+        if self._found is not None and not is_better(self._found, chain):
+            self._found = None
+        self._pace.keep({member.peer_id for member in self.live()})
         if self._phase == "ready":  # for the round that is over, not for the next one
             self._phase, self._num_examples = "evaluating", 0
-        self._wake.set()
+        self._bell.ring()
 
     async def fuse(self, reduce: Reduce) -> Committed | Overtaken | LeftAlone:
         """Be ready until the round is committed, the others have gone on, or nobody is left.
 
         Failed attempts are logged and tried again without the peer that failed them.
         """
-        while True:
-            if (group := self._begun) is not None:
-                self._begun = None
-            else:
-                match action := self.decide():
-                    case CatchUp():
-                        if (found := await self.better_chain()) is not None:
-                            return self._committed_elsewhere(found[0]) or Overtaken()
-                    case Stop():
-                        return Overtaken()
-                    case Alone():
-                        return LeftAlone()
-                    case Fuse():
-                        group = await self._form_group(action)
-                    case _:
-                        await self._woken(POLL_SECONDS)
-            if group is not None and (chain := await self._try(group, reduce)) is not None:
-                return Committed(chain, group)
+        self._is_fusing = True
+        try:
+            while True:
+                ballot, self._begun = self._begun, None
+                if ballot is None:
+                    match action := self.decide():
+                        case CatchUp():
+                            if (found := await self.better_chain()) is not None:
+                                return self._committed_elsewhere(found[0]) or Overtaken()
+                        case Stop():
+                            return Overtaken()
+                        case Alone():
+                            return LeftAlone()
+                        case Fuse():
+                            ballot = await self._form_group(action)
+                        case _:
+                            await self._wait(action)
+                if ballot is not None and (committed := await self._try(ballot, reduce)) is not None:
+                    return committed
+        finally:
+            self._is_fusing = False
+
+    async def roll_back(self, reason: str) -> Committed | None:
+        """Propose to undo the last commit; its electorate is the one that the next fusion would have.
+
+        None when too few agree (why is in the log), or when `fuse` is running: it then returns the outcome.
+        """
+        for _ in range(MAX_ROLLBACK_ATTEMPTS):
+            if not self.chain.commits or self.chain.is_rolled_back or self._phase not in TRAINING_PHASES:
+                logger.warning("nothing to roll back from here: round %d, %s", self.chain.round, self._phase)
+                return None
+            ballot = await self._lead(self._make_rollback(reason))
+            if ballot is None:
+                continue
+            if self._is_fusing:
+                self._begun = ballot
+                self._bell.ring()
+                return None
+            if (committed := await self._try(ballot, _no_reduce)) is not None:
+                return committed
+        return None
 
     async def better_chain(self) -> tuple[Chain, tuple[str, ...]] | None:
-        """The best chain among those that others claim, verified, with the peers that hold its state."""
-        best: Chain | None = None
-        known = self._known_tips()
-        claims = {
-            m.record.commit: m.peer_id
-            for m in self.live()
-            if m.record.round > 0 and m.record.commit not in known
-        }
-        for tip, peer_id in claims.items():
-            try:
-                chain = await self._fetch_chain(peer_id)
-            except (NetworkError, RecordError) as error:
-                logger.warning("no chain from %s: %s", peer_id[-8:], error)
-                self.membership.forget(peer_id)
-                continue
-            if not is_better(chain, self.chain):
-                self._rejected_tips.add(chain.tip)
-                if chain.tip != tip:  # not what it claims; another peer may hold the chain of that tip
-                    self.membership.forget(peer_id)
-            elif best is None or is_better(chain, best):
-                best = chain
-        return None if best is None else (best, self.donors(best.state_hash))
+        """The best chain that others claim or that was certified here, with peers that may hold its state."""
+        best = await self._chains.best_claimed()
+        found = self._found
+        if found is not None and not is_better(found, self.chain):
+            found = self._found = None
+        if found is not None and (best is None or is_better(found, best)):
+            best = found
+        if best is None:
+            return None
+        donors = self.donors(best.state_hash)
+        if not donors and best.is_rolled_back:  # the state before: whoever was there may still have it
+            donors = tuple(p for p in best.commits[-1].signatures if p != self._identity.peer_id)
+        return best, donors
 
     def donors(self, state_hash: str) -> tuple[str, ...]:
         return tuple(m.peer_id for m in self.live() if m.record.state_hash == state_hash)
 
+    def ban(self, peer_id: str, why: str) -> None:
+        """Exclude a peer from the rest of the run: never in a group, never counted."""
+        self.membership.ban(peer_id, why)
+        self._bell.ring()
+
     async def leave(self) -> None:
+        await self._resign()
         self._phase = "leaving"
         await self.publish()
-        await self._tell_everybody()
+        await self._presence.tell_everybody()
 
     def _committed_elsewhere(self, chain: Chain) -> Committed | None:
         """The round that I computed, whose signatures did not reach me in time."""
@@ -257,10 +360,21 @@ class Agreement:
         ):
             return None
         group, state_hash = self._computed
-        if chain.state_hash != state_hash:
+        if chain.state_hash != state_hash or chain.is_rolled_back:
             return None
         self.adopt(chain)
         return Committed(chain, group)
+
+    def _has_computed(self, state_hash: str) -> bool:
+        return self._computed is not None and self._computed[1] == state_hash
+
+    async def _resign(self) -> None:
+        if not self._roster.has_resigned(self.chain) and self._voter.resign():
+            await self._store_promise()
+
+    async def _store_promise(self) -> None:
+        if self._remember is not None:
+            await self._remember(self._voter.promise)
 
     # the own heartbeat
 
@@ -275,92 +389,80 @@ class Agreement:
             num_examples=self._num_examples,
             entered_at=self._entered_at,
             addresses=self._addresses,
+            resigned=self.chain.tip if self._roster.has_resigned(self.chain) else "",
             issued_at=now,
             expires_at=now + self.chain.spec.lease_seconds,
         )
 
-    async def _tell_everybody(self) -> None:
-        heartbeat = sign(self._heartbeat(), self._identity).to_json()
-        await asyncio.gather(*(self._tell(m.peer_id, "heartbeat", heartbeat) for m in self.live()))
-
-    async def _tell(self, peer_id: str, method: str, body: object) -> None:
-        try:
-            await self._network.call(peer_id, method, body, timeout_seconds=CALL_TIMEOUT_SECONDS)
-        except PeerUnreachable as error:
-            logger.info("%s not delivered: %s", method, error)
-
-    async def _keep_publishing(self) -> None:
-        while True:
-            await asyncio.sleep(self.chain.spec.lease_seconds / 6)
-            await self.publish()
-
     async def _keep_watching(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS if self._phase == "ready" else WATCH_SECONDS)
-            try:
-                await self._board.read_into(self.membership)
-            except NetworkError as error:
-                logger.warning("could not read the board: %s", error)
+            await self._presence.read_board()
             chain = self.chain
             if self._phase == "finetuning" and not self.is_overtaken:
                 found = await self.better_chain()
                 if found is not None and self.chain is chain:  # else I have caught up meanwhile
                     self.is_overtaken = True
-            self._wake.set()
+            self._bell.ring()
 
-    async def _woken(self, timeout_seconds: float) -> None:
-        """Until something arrives, or the time is over."""
-        try:
-            await asyncio.wait_for(self._wake.wait(), timeout_seconds)
-        except TimeoutError:
-            return
-        self._wake.clear()
-
-    def _known_tips(self) -> set[str]:
-        return {signed.commit.hash for signed in self.chain.commits} | self._rejected_tips
+    async def _wait(self, action: Action) -> None:
+        if isinstance(action, Wait) and action == NOT_DRAWN and not self._roster.has_resigned(self.chain):
+            await self._resign()  # the drawn must be able to commit without me
+            await self._presence.tell_everybody()
+        await self._bell.rung(POLL_SECONDS)
 
     # forming a group
 
-    async def _form_group(self, fuse: Fuse) -> Group | None:
+    async def _form_group(self, fuse: Fuse) -> Ballot | None:
         leader = fuse.leader(self._attempt)
         if leader == self._identity.peer_id:
-            return await self._lead(fuse)
-        deadline = self._network.now() + LEADER_TIMEOUT_SECONDS
+            return await self._lead(self._make_proposal(fuse))
+        others = [peer for peer in fuse.members if peer != self._identity.peer_id]
+        deadline = time.monotonic() + self._pace.leader_seconds(others)
         attempt = self._attempt
-        while self._begun is None and self._attempt == attempt and self._network.now() < deadline:
+        while self._begun is None and self._attempt == attempt and time.monotonic() < deadline:
             if not isinstance(self.decide(), Fuse):
                 return None
-            await self._woken(POLL_SECONDS)
+            await self._bell.rung(POLL_SECONDS)
         if self._begun is None and self._attempt == attempt:
             logger.warning("leader %s of attempt %d is silent", leader[-8:], attempt)
+            self._leaders.was_silent(leader)
             self._attempt += 1
         return None
 
-    async def _lead(self, fuse: Fuse) -> Group | None:
-        proposal = self._make_proposal(fuse)
-        attempt = self._attempt
-        self._accept(self._identity.peer_id, proposal)
-        others = [peer for peer in fuse.members if peer != self._identity.peer_id]
+    async def _lead(self, proposal: Proposal) -> Ballot | None:
+        """One attempt to win a majority. None when it fails; why is in the log."""
+        me = self._identity.peer_id
+        candidacy = Candidacy(me, proposal, self.chain)
+        try:
+            own = self._voter.accept(me, proposal, self._view())
+            candidacy.add(me, own.acceptance, own.to_json()["lock"])
+        except RecordError as error:
+            logger.info("attempt %d: not led: %s", proposal.attempt, error)
+            self._attempt = max(self._attempt, self._voter.promise.attempt) + 1
+            await self._bell.rung(POLL_SECONDS)
+            return None
+        self._proposal = (me, proposal)
+        self._attempt = max(self._attempt, proposal.attempt)
+        await self._store_promise()
+        others = [peer for peer, _ in member_records(proposal) if peer != me]
         body = sign(proposal, self._identity).to_json()
-        answers = await asyncio.gather(*(self._ask_to_join(peer, body) for peer in others))
-        accepted = {peer for peer, answer in zip(others, answers, strict=True) if answer} | {
-            self._identity.peer_id
-        }
-        members = tuple(peer for peer in fuse.members if peer in accepted)
-        voters = len(set(members) & set(fuse.electorate))
-        if self._accepted != (attempt, proposal.hash):
-            logger.info("attempt %d: gave way to a later one", attempt)
+        await asyncio.gather(*(self._ask_to_join(peer, body, candidacy, proposal) for peer in others))
+        if self._voter.promise.proposal != proposal.hash:
+            logger.info("attempt %d: gave way to a later one", proposal.attempt)
             return None
-        if len(members) < self.chain.spec.min_peers or voters < required_signatures(fuse.electorate):
-            logger.info("attempt %d: only %d of %d peers accepted", attempt, len(members), len(fuse.members))
-            self._attempt = max(self._attempt, attempt + 1)
-            await self._woken(POLL_SECONDS)
+        try:
+            ballot = candidacy.begin()
+        except RoundError as error:
+            logger.info("%s", error)
+            self._attempt = max(self._attempt, proposal.attempt + 1)
+            await self._bell.rung(POLL_SECONDS)
             return None
-        begin = {"proposal": proposal.hash, "members": list(members)}
-        await asyncio.gather(
-            *(self._tell(peer, "begin", begin) for peer in members if peer != self._identity.peer_id)
-        )
-        return self._group(proposal, members)
+        self._log_begun(ballot)
+        begin = ballot.to_json()
+        told = [peer for peer in ballot.members if peer != me]
+        await asyncio.gather(*(self._presence.tell(peer, "begin", begin) for peer in told))
+        return ballot
 
     def _make_proposal(self, fuse: Fuse) -> Proposal:
         records = [sign(self._heartbeat(), self._identity).to_json()]
@@ -371,139 +473,141 @@ class Agreement:
         return Proposal(
             run=self.chain.spec.digest,
             round=self.chain.round + 1,
-            attempt=self._attempt,
+            attempt=max(self._attempt, self._voter.promise.attempt),
             previous=self.chain.tip,
             members=records,
+            excluded=self._roster.excluded,
             electorate=list(fuse.electorate),
             proposed_at=self._network.now(),
         )
 
-    async def _ask_to_join(self, peer_id: str, body: object) -> bool:
+    def _make_rollback(self, reason: str) -> Proposal:
+        members = [m for m in self._roster.candidates() if trains_on(m, self.chain)]
+        own = sign(self._heartbeat(), self._identity).to_json()
+        self._attempt = max(self._attempt, self._voter.promise.attempt + 1)
+        return Proposal(
+            purpose="rollback",
+            run=self.chain.spec.digest,
+            round=self.chain.round + 1,
+            attempt=self._attempt,
+            previous=self.chain.tip,
+            members=[own, *(member.signed for member in members)],
+            electorate=sorted(self._roster.expected(self.chain)),
+            reason=reason[:MAX_REASON_CHARS],
+            proposed_at=self._network.now(),
+        )
+
+    async def _ask_to_join(
+        self, peer_id: str, body: dict[str, str], candidacy: Candidacy, proposal: Proposal
+    ) -> None:
         try:
-            reply = await self._network.call(peer_id, "propose", body, timeout_seconds=CALL_TIMEOUT_SECONDS)
+            reply = await self._presence.call(peer_id, "propose", body)
             answer = parse_json(reply)
+            if isinstance(answer, dict) and answer.get("accept") is True:
+                candidacy.add(peer_id, answer.get("acceptance"), answer.get("lock"))
+                return
         except PeerUnreachable as error:
-            logger.warning("left out of the round: %s", error)
-            self.membership.forget(peer_id)
-            return False
-        except RecordError:
-            return False
-        if isinstance(answer, dict) and answer.get("accept") is True:
-            return True
+            logger.warning("left out of the next attempt: %s", error)
+            self._roster.leave_out(peer_id, proposal.attempt + 1)
+            return
+        except RecordError as error:
+            logger.warning("dropped the answer of %s: %s", peer_id[-8:], error)
+            return
         why = str(answer.get("why"))[:200] if isinstance(answer, dict) else "no answer"
         logger.info("peer %s does not join the group: %s", peer_id[-8:], why)
         if isinstance(answer, dict) and type(answer.get("attempt")) is int:
-            self._attempt = max(self._attempt, min(answer["attempt"], self._attempt + 100))
-        return False
+            self._attempt = max(self._attempt, min(answer["attempt"], self._attempt + MAX_ATTEMPTS_AHEAD))
 
-    def _accept(self, author: str, proposal: Proposal) -> None:
-        self._accepted = (proposal.attempt, proposal.hash)
-        self._proposal = (author, proposal)
-        self._attempt = max(self._attempt, proposal.attempt)
-
-    def _group(self, proposal: Proposal, members: Sequence[str]) -> Group:
-        spec = self.chain.spec
-        examples = {author: record.num_examples for author, record in map(_member_record, proposal.members)}
-        ballot = json.dumps([spec.digest, proposal.hash, list(members)]).encode()
-        return Group(
-            round=proposal.round,
-            attempt=proposal.attempt,
-            members=tuple(members),
-            contributions=tuple(
-                Contribution(peer=p, num_examples=examples[p], weight=spec.contribution_weight(examples[p]))
-                for p in members
-            ),
-            electorate=tuple(proposal.electorate),
-            proposed_at=proposal.proposed_at,
-            group_id=hashlib.sha256(ballot).digest(),
+    def _view(self) -> View:
+        return View(
+            chain=self.chain,
+            phase=self._phase,
+            num_examples=self._num_examples,
+            expected=self._roster.expected(self.chain),
+            now=self._network.now(),
+            attempt=self._attempt,
+            wants_rollback=bool(self.chain.commits) and self._wants_rollback(self.chain.tip),
         )
 
     # one attempt
 
-    async def _try(self, group: Group, reduce: Reduce) -> Chain | None:
+    async def _try(self, ballot: Ballot, reduce: Reduce) -> Committed | None:
         """None when the attempt failed; why is in the log."""
+        group = group_of(ballot, self.chain)
+        started = time.monotonic()
         try:
-            state_hash = await self._reduce_unless_replaced(group, reduce)
-            self._computed = (group, state_hash)
-            chain = await self._commit(group, state_hash)
+            commit = await self._make_commit(ballot, group, reduce)
+            exchange_seconds = time.monotonic() - started
+            chain = await self._voting.commit(ballot, commit, self.chain, exchange_seconds)
         except (RoundError, RecordError) as error:
             logger.warning("round %d, attempt %d failed: %s", group.round, group.attempt, error)
             if isinstance(error, GroupFailed):
-                self.membership.forget(error.culprit)
-            self._voting_until = 0.0
+                if error.is_proven:
+                    self._roster.exclude(error.culprit, error.why)
+                else:
+                    self._roster.leave_out(error.culprit, group.attempt + 1)
+            self._voting.stop()
             self._attempt = max(self._attempt, group.attempt + 1)
             return None
-        self.adopt(chain)
-        return chain
+        if commit.kind == "fuse":
+            self.adopt(chain)
+        else:
+            self._found, self.is_overtaken = chain, True
+        return Committed(chain, group, commit.kind)
 
-    async def _reduce_unless_replaced(self, group: Group, reduce: Reduce) -> str:
-        task = asyncio.ensure_future(reduce(group))
+    async def _make_commit(self, ballot: Ballot, group: Group, reduce: Reduce) -> Commit:
+        """A new value, or the one to be signed again, once its state is here."""
+        again = ballot.again()
+        if again is None and ballot.proposal.purpose == "rollback":
+            return rollback_commit(ballot.proposal, self.chain)
+        if again is None:
+            fused = await self._unless_replaced(reduce(group))
+            self._computed = (group, fused.state_hash)
+            return fusion_commit(group, fused.state_hash, fused.contributions, self.chain)
+        if again.kind == "fuse" and not self._holds(again.state_hash):
+            await self._get_state(again, ballot)
+        if again.kind == "fuse":
+            self._computed = (group, again.state_hash)
+        return again
+
+    async def _get_state(self, commit: Commit, ballot: Ballot) -> None:
+        limit = self.chain.spec.exchange_limit_seconds
+        logger.info("attempt %d: a value may be committed already; getting its state", ballot.attempt)
+        is_here = False
+        if self._obtain is not None:
+            try:
+                got = asyncio.wait_for(self._obtain(commit.state_hash, ballot.donors), limit)
+                is_here = await self._unless_replaced(got)
+            except TimeoutError:
+                logger.warning("the state did not come within %.0f s", limit)
+        if not is_here:
+            for peer in ballot.donors:
+                self._roster.leave_out(peer, ballot.attempt + 1)
+            raise RoundError("the state of a value to be signed again cannot be had")
+
+    async def _unless_replaced(self, work: Awaitable[T]) -> T:
+        task = asyncio.ensure_future(work)
         try:
             while not task.done():
                 if self._begun is not None:
                     raise RoundError("replaced by a later attempt")
-                wake = asyncio.ensure_future(self._woken(POLL_SECONDS))
+                wake = asyncio.ensure_future(self._bell.rung(POLL_SECONDS))
                 await asyncio.wait({task, wake}, return_when=asyncio.FIRST_COMPLETED)
                 wake.cancel()
             return task.result()
         finally:
             task.cancel()
 
-    async def _commit(self, group: Group, state_hash: str) -> Chain:
-        commit = Commit(
-            run=self.chain.spec.digest,
-            round=group.round,
-            attempt=group.attempt,
-            previous=self.chain.tip,
-            state_hash=state_hash,
-            contributors=list(group.contributions),
-            electorate=list(group.electorate),
-            committed_at=group.proposed_at,
-        )
-        self._voting_until = self._network.now() + VOTE_TIMEOUT_SECONDS
-        own = signature_text(commit, self._identity)
-        self._votes.setdefault(commit.hash, {})[self._identity.peer_id] = own
-        body = {"run": commit.run, "commit": commit.hash, "signature": own}
-        for peer in group.members:
-            if peer != self._identity.peer_id:
-                self._network.create_task(self._tell(peer, "vote", body))
-        return self.chain.extended(await self._collect_votes(commit, group))
-
-    async def _collect_votes(self, commit: Commit, group: Group) -> SignedCommit:
-        """Raises RoundError when a majority does not sign the same in time."""
-        majority_at: float | None = None
-        allowed = set(group.members) | set(group.electorate)
-        while True:
-            now = self._network.now()
-            is_over = now >= self._voting_until
-            votes = self._votes[commit.hash]
-            for peer in [
-                p for p, text in votes.items() if p not in allowed or not is_signature_of(text, commit, p)
-            ]:
-                logger.warning("dropped a vote of %s: the signature does not fit", peer[-8:])
-                del votes[peer]
-            is_committed = any(member.record.commit == commit.hash for member in self.live())
-            if len(votes.keys() & set(commit.electorate)) >= required_signatures(commit.electorate):
-                majority_at = majority_at or now
-                waited = now >= majority_at + VOTE_GRACE_SECONDS
-                if is_over or waited or is_committed or votes.keys() >= set(group.members):
-                    return SignedCommit(commit=commit, signatures=dict(sorted(votes.items())))
-            if is_committed:
-                raise RoundError("the others have committed this state already; their signatures follow")
-            if is_over:
-                raise RoundError(self._why_no_majority(commit))
-            await self._woken(POLL_SECONDS / 5)
-
-    def _why_no_majority(self, commit: Commit) -> str:
-        others = {peer[-8:] for hash_, votes in self._votes.items() if hash_ != commit.hash for peer in votes}
-        differ = f"; {', '.join(sorted(others))} signed another state" if others else ""
-        return f"{len(self._votes[commit.hash])} of {len(commit.electorate)} signed the state in time{differ}"
+    async def _follow(self, ballot: Ballot) -> None:
+        """A roll-back that begins while no `fuse` is running; the session then finds a better chain."""
+        await self._try(ballot, _no_reduce)
+        self._bell.ring()
 
     # answers to the others
 
     async def _on_heartbeat(self, peer_id: str, body: Any) -> bytes:
         self.membership.observe(json.dumps(body).encode(), now=self._network.now(), claimed_by=peer_id)
-        self._wake.set()
+        self._bell.ring()
         return b"{}"
 
     async def _on_propose(self, peer_id: str, body: Any) -> bytes:
@@ -511,120 +615,60 @@ class Agreement:
             author, proposal = open_envelope(body, Proposal)
             if author != peer_id:
                 raise RecordError("the proposal is not signed by its sender")
-            self._check_proposal(author, proposal)
+            if self._roster.is_excluded(author):
+                raise RecordError("the proposer is excluded")
+            if self._is_leading(proposal.attempt):
+                self._leaders.two_at_once()
+            if self._voting.is_running:
+                raise RecordError(f"I still collect the votes of attempt {self._attempt}")
+            answer = self._voter.accept(author, proposal, self._view())
         except RecordError as error:
-            return json.dumps({"accept": False, "why": str(error), "attempt": self._attempt}).encode()
-        self._accept(author, proposal)
-        return b'{"accept":true}'
+            attempt = max(self._attempt, self._voter.promise.attempt)
+            return json.dumps({"accept": False, "why": str(error), "attempt": attempt}).encode()
+        self._proposal = (author, proposal)
+        self._attempt = max(self._attempt, proposal.attempt)
+        await self._store_promise()
+        return json.dumps(answer.to_json()).encode()
 
-    def _check_proposal(self, author: str, proposal: Proposal) -> None:
-        """Raises RecordError with the reason for which I do not join."""
-        if proposal.run != self.chain.spec.digest or proposal.previous != self.chain.tip:
-            raise RecordError(f"I am at round {self.chain.round}, on another commit")
-        if proposal.round != self.chain.round + 1 or self._phase != "ready":
-            raise RecordError(f"I am not ready for round {proposal.round}: {self._phase}")
-        if proposal.attempt < self._attempt or self._network.now() < self._voting_until:
-            raise RecordError(f"I am at attempt {self._attempt}")
-        if proposal.attempt > self._attempt + MAX_ATTEMPTS_AHEAD:
-            raise RecordError(f"attempt {proposal.attempt} is far ahead: I am at attempt {self._attempt}")
-        if abs(proposal.proposed_at - self._network.now()) > MAX_CLOCK_SKEW_SECONDS:
-            raise RecordError("proposed at another time than now: is a clock wrong?")
-        if (
-            self._accepted is not None
-            and self._accepted[0] == proposal.attempt
-            and self._accepted[1] != proposal.hash
-        ):
-            raise RecordError(f"I accepted another proposal of attempt {proposal.attempt}")
-        members = dict(map(_member_record, proposal.members))
-        mine = members.get(self._identity.peer_id)
-        if mine is None or mine.num_examples != self._num_examples:
-            raise RecordError("I am not in the group as I am")
-        if author not in members or len(members) != len(proposal.members):
-            raise RecordError("the proposer is not in the group, or somebody is in it twice")
-        for peer, record in members.items():
-            if record.run != proposal.run or record.commit != self.chain.tip or record.phase != "ready":
-                raise RecordError(f"{peer[-8:]} is not ready for this round")
-        live = self.live()
-        drawn = draw(
-            self.chain, [*(m.peer_id for m in live if trains_on(m, self.chain)), self._identity.peer_id]
-        )
-        expected = voters_of(self.chain, live, drawn) or members.keys()
-        if not expected <= set(proposal.electorate):
-            raise RecordError("a live peer of the previous round is left out of the vote")
+    def _is_leading(self, attempt: int) -> bool:
+        author, proposal = self._proposal or ("", None)
+        is_mine = proposal is not None and author == self._identity.peer_id
+        return is_mine and proposal is not None and proposal.attempt == attempt
 
     async def _on_begin(self, peer_id: str, body: Any) -> bytes:
         author, proposal = self._proposal or (None, None)
-        if proposal is None or not isinstance(body, dict) or body.get("proposal") != proposal.hash:
+        if author is None or proposal is None:
             raise RecordError("no such proposal was accepted")
-        if peer_id != author or self._phase != "ready":
+        is_ready = self._phase == "ready" or proposal.purpose == "rollback"
+        if peer_id != author or not is_ready or self._voter.promise.proposal != proposal.hash:
             raise RecordError("only who proposed it can begin it, while I am ready")
-        authors = [_member_record(member)[0] for member in proposal.members]
-        members = body.get("members")
-        if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
-            raise RecordError("the members are a list of peers")
-        if not {peer_id, self._identity.peer_id} <= set(members) <= set(authors):
-            raise RecordError("the members are not those of the proposal")
-        spec = self.chain.spec
-        if len(set(members)) != len(members) or not spec.min_peers <= len(members) <= spec.max_peers:
-            raise RecordError("the members are too few, too many, or named twice")
-        self._begun = self._group(proposal, members)
-        self._wake.set()
+        if self._last_begun == proposal.hash:
+            return b"{}"
+        ballot = check_begin(body, author, proposal, self.chain, self._identity.peer_id)
+        self._last_begun = proposal.hash
+        self._log_begun(ballot)
+        if proposal.purpose == "rollback" and not self._is_fusing:
+            self._network.create_task(self._follow(ballot))
+        else:
+            self._begun = ballot
+        self._bell.ring()
         return b"{}"
+
+    def _log_begun(self, ballot: Ballot) -> None:
+        for exclusion in ballot.proposal.excluded:
+            logger.warning(
+                "round %d: peer %s is left out: %s",
+                ballot.proposal.round,
+                exclusion.peer[-8:],
+                exclusion.reason,
+            )
 
     async def _on_vote(self, peer_id: str, body: Any) -> bytes:
         if not isinstance(body, dict) or body.get("run") != self.chain.spec.digest:
             raise RecordError("of another run")
-        commit, signature = str(body.get("commit"))[:64], str(body.get("signature"))[:88]
-        earlier = [votes for votes in self._votes.values() if peer_id in votes]
-        if len(earlier) >= MAX_VOTES_PER_PEER:
-            del earlier[0][peer_id]
-        self._votes.setdefault(commit, {})[peer_id] = signature
-        self._wake.set()
+        self._voting.add(peer_id, str(body.get("commit"))[:64], str(body.get("signature"))[:88])
         return b"{}"
 
-    async def _on_chain(self, _peer_id: str, body: Any) -> bytes:
-        if not isinstance(body, dict) or body.get("run") != self.chain.spec.digest:
-            raise RecordError("of another run")
-        after = body.get("after")
-        if type(after) is not int or after < 0:
-            raise RecordError("after is a round")
-        replies: list[str] = []
-        size = 0
-        for signed in self.chain.commits[after : after + MAX_CHAIN_REPLY_COMMITS]:
-            text = signed.canonical().decode()
-            size += len(text) + 1
-            if replies and size > MAX_MESSAGE_BYTES:
-                break
-            replies.append(text)
-        return f"[{','.join(replies)}]".encode()
 
-    async def _fetch_chain(self, peer_id: str) -> Chain:
-        """What `peer_id` says happened, verified from my own chain on, or from the start where it differs.
-
-        Page by page, so that the first commit that does not fit ends it. Raises NetworkError, RecordError.
-        """
-        chain = self.chain
-        page = await self._fetch_commits(peer_id, chain.round)
-        if not page or page[0].commit.previous != chain.tip:
-            chain = Chain(chain.spec)
-            page = await self._fetch_commits(peer_id, 0)
-        while page:
-            for signed in page:
-                chain = chain.extended(signed)
-            page = await self._fetch_commits(peer_id, chain.round)
-        return chain
-
-    async def _fetch_commits(self, peer_id: str, after: int) -> list[SignedCommit]:
-        """The next ones after round `after`; none at the end of the chain."""
-        if after >= self.chain.spec.num_rounds:
-            return []
-        body = {"run": self.chain.spec.digest, "after": after}
-        reply = await self._network.call(peer_id, "chain", body, timeout_seconds=2 * CALL_TIMEOUT_SECONDS)
-        page = parse_json(reply, max_bytes=2 * MAX_MESSAGE_BYTES)
-        if not isinstance(page, list):
-            raise RecordError("a chain is a list of commits")
-        return [parse_record(entry, SignedCommit) for entry in page]
-
-
-def _member_record(envelope: dict[str, str]) -> tuple[str, PeerRecord]:
-    return open_envelope(envelope, PeerRecord)
+async def _no_reduce(_group: Group) -> Fused:
+    raise RoundError("nothing to reduce: this is not an attempt to fuse")

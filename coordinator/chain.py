@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from coordinator.records import GENESIS, Commit, RecordError, SignedCommit, is_signature_of
+from coordinator.records import GENESIS, Commit, Contribution, RecordError, SignedCommit, is_signature_of
 from coordinator.spec import RunSpec
+
+MAX_MISSING_RANGES_IN_ALL = 16_384  # of all contributions: a commit must fit into one message
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,17 @@ class Chain:
 
     @property
     def cohort(self) -> frozenset[str]:
-        return self.commits[-1].commit.cohort if self.commits else frozenset()
+        """Whose majority the next commit needs: the contributors of the last fusion, rolled back or not."""
+        fusions = (signed.commit for signed in reversed(self.commits) if signed.commit.kind == "fuse")
+        return next((commit.cohort for commit in fusions), frozenset())
+
+    @property
+    def is_rolled_back(self) -> bool:
+        return bool(self.commits) and self.commits[-1].commit.kind == "rollback"
+
+    def before(self) -> Chain:
+        """Without its last commit: the state to which a roll-back returns."""
+        return Chain(self.spec, self.commits[:-1])
 
     def extended(self, signed: SignedCommit) -> Chain:
         """The chain with one commit more. Raises RecordError when it does not follow or lacks signatures."""
@@ -48,21 +60,49 @@ def required_signatures(electorate: Collection[str]) -> int:
     return len(electorate) // 2 + 1
 
 
+def missing_signatures(commit: Commit, signers: Collection[str], spec: RunSpec) -> int:
+    """How many more make a certificate: of more than half of the electorate, and of min_peers in all.
+
+    The second keeps a single peer from committing by itself, as it could claim that all others are silent.
+    """
+    voters = len(set(commit.electorate) & set(signers))
+    return max(required_signatures(commit.electorate) - voters, spec.min_peers - len(set(signers)), 0)
+
+
 def verify_commit(signed: SignedCommit, previous: Chain) -> None:
     """Raises RecordError unless `signed` is a valid next commit after `previous`."""
-    commit = signed.commit
+    verify_value(signed.commit, previous)
+    _check_signatures(signed, previous.spec)
+
+
+def verify_value(commit: Commit, previous: Chain) -> None:
+    """All that can be checked without signatures. Raises RecordError."""
     if commit.run != previous.spec.digest:
         raise RecordError("a commit of another run")
     if commit.round != previous.round + 1 or commit.previous != previous.tip:
         raise RecordError(f"the commit of round {commit.round} does not follow round {previous.round}")
     if commit.round > previous.spec.num_rounds:
         raise RecordError(f"round {commit.round} of a run of {previous.spec.num_rounds}")
-    _check_contributors(commit, previous)
-    _check_signatures(signed)
+    if commit.kind == "rollback":
+        _check_rollback(commit, previous)
+    else:
+        _check_contributors(commit, previous.spec)
+    _check_exclusions(commit)
+    _check_electorate(commit, previous)
 
 
-def _check_contributors(commit: Commit, previous: Chain) -> None:
-    spec = previous.spec
+def _check_rollback(commit: Commit, previous: Chain) -> None:
+    if not previous.commits or previous.is_rolled_back:
+        raise RecordError("a roll-back follows a fusion, never the beginning or another roll-back")
+    if commit.state_hash != previous.before().state_hash:
+        raise RecordError(f"a roll-back of round {previous.round} returns to the state before it")
+    if commit.contributors:
+        raise RecordError("a roll-back has no contributors")
+
+
+def _check_contributors(commit: Commit, spec: RunSpec) -> None:
+    if commit.reason:
+        raise RecordError("only a roll-back gives a reason")
     if len(commit.cohort) != len(commit.contributors):
         raise RecordError("a contributor is named twice")
     if not spec.min_peers <= len(commit.contributors) <= spec.max_peers:
@@ -74,25 +114,48 @@ def _check_contributors(commit: Commit, previous: Chain) -> None:
             raise RecordError(
                 f"weight {contribution.weight} is not what the spec gives {contribution.peer[-8:]}"
             )
-    if len(set(commit.electorate)) != len(commit.electorate):
+        _check_missing(contribution)
+    if sum(len(contribution.missing) for contribution in commit.contributors) > MAX_MISSING_RANGES_IN_ALL:
+        raise RecordError(f"more than {MAX_MISSING_RANGES_IN_ALL} ranges of missing parts")
+
+
+def _check_missing(contribution: Contribution) -> None:
+    reached = 0
+    for first, stop in contribution.missing:
+        if not reached <= first < stop:
+            raise RecordError(f"the missing parts of {contribution.peer[-8:]} are not in order")
+        reached = stop
+
+
+def _check_exclusions(commit: Commit) -> None:
+    excluded = {exclusion.peer for exclusion in commit.excluded}
+    if len(excluded) != len(commit.excluded):
+        raise RecordError("a peer is excluded twice")
+    if excluded & commit.cohort:
+        raise RecordError("a contributor is excluded")
+
+
+def _check_electorate(commit: Commit, previous: Chain) -> None:
+    electorate = set(commit.electorate)
+    if len(electorate) != len(commit.electorate):
         raise RecordError("a peer is named twice in the electorate")
-    if previous.commits and not set(commit.electorate) <= previous.cohort:
-        raise RecordError("the electorate holds peers that were not in the previous round")
+    if electorate & previous.cohort and not electorate <= previous.cohort:
+        raise RecordError("the electorate mixes the previous round's peers with others")
 
 
-def _check_signatures(signed: SignedCommit) -> None:
+def _check_signatures(signed: SignedCommit, spec: RunSpec) -> None:
     commit = signed.commit
-    allowed = commit.cohort | set(commit.electorate)
+    most = len(commit.contributors) + len(commit.electorate) + spec.max_peers
+    if len(signed.signatures) > most:
+        raise RecordError(f"{len(signed.signatures)} signatures, where at most {most} peers took part")
     for peer, signature in signed.signatures.items():
-        if peer not in allowed:
-            raise RecordError(f"signed by {peer[-8:]}, who has no part in the round")
         if not is_signature_of(signature, commit, peer):
             raise RecordError(f"the signature of {peer[-8:]} does not fit")
-    voters = set(commit.electorate) & signed.signatures.keys()
-    if len(voters) < required_signatures(commit.electorate):
+    if missing_signatures(commit, signed.signatures, spec) > 0:
+        voters = set(commit.electorate) & signed.signatures.keys()
         raise RecordError(
-            f"{len(voters)} of {len(commit.electorate)} signed; "
-            f"{required_signatures(commit.electorate)} are needed"
+            f"{len(voters)} of {len(commit.electorate)} signed; {required_signatures(commit.electorate)} "
+            f"are needed, and {spec.min_peers} signatures in all"
         )
 
 
@@ -107,14 +170,36 @@ def build_chain(spec: RunSpec, commits: Sequence[SignedCommit]) -> Chain:
 def is_better(challenger: Chain, mine: Chain) -> bool:
     """Whether to leave `mine` for `challenger`.
 
-    More signed contributions since the fork win, then the smaller hash. A chain that continues mine
+    More backed contributions since the fork win, then the smaller hash. A chain that continues mine
     has more of them; a bare round number wins nothing.
     """
     if challenger.tip == mine.tip:
         return False
     fork = _fork_round(challenger, mine)
-    theirs, ours = (_num_signed(chain, fork) for chain in (challenger, mine))
+    theirs, ours = (_num_backed(chain, fork) for chain in (challenger, mine))
     return theirs > ours or (theirs == ours and challenger.tip < mine.tip)
+
+
+def num_backed(commit: Commit, spec: RunSpec) -> int:
+    """What one commit counts in the choice between two chains.
+
+    Copies of one commit carry different signatures (whoever had a majority first stops collecting), so
+    signatures cannot be counted: two peers would weigh the same chain differently and never agree. The
+    value of a commit is the same in all copies, so the count is a function of it alone.
+
+    Counted are the contributors, at most as many as the electorate has members (or min_peers, if that is
+    more). Contributors alone would be a number that the author chooses: it may name anybody. The electorate
+    is not free: a certificate takes the signatures of more than half of it, so k keys cannot
+    claim one of more than 2k - 1, and a single liar gets no certificate at all (min_peers signatures).
+    Newcomers beyond that number count from the next round on, when they are the electorate.
+    What a contributor signed itself, its ready record and its acceptance, names no state: a liar could
+    collect those of others and show them beside a state of its own. Only votes bind to a state.
+
+    A roll-back has no contributors; its electorate vouches for it as that of a fusion would. So a chain
+    with a roll-back beats the chain without, and loses to no fusion by the same peers for lack of work.
+    """
+    most = max(len(commit.electorate), spec.min_peers)
+    return most if commit.kind == "rollback" else min(len(commit.contributors), most)
 
 
 def _fork_round(one: Chain, other: Chain) -> int:
@@ -124,5 +209,5 @@ def _fork_round(one: Chain, other: Chain) -> int:
     return min(one.round, other.round)
 
 
-def _num_signed(chain: Chain, after_round: int) -> int:
-    return sum(len(signed.commit.cohort & signed.signatures.keys()) for signed in chain.commits[after_round:])
+def _num_backed(chain: Chain, after_round: int) -> int:
+    return sum(num_backed(signed.commit, chain.spec) for signed in chain.commits[after_round:])

@@ -10,14 +10,16 @@ import tomllib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from coordinator.errors import SpecError, SwarmError
+from coordinator.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NUM_ROUNDS = 30  # the paper's
 DEFAULT_ROUND_EXAMPLES = 4096
+DEFAULT_OUTER_LR = {"nesterov": 0.7, "adam": 1e-3}  # Douillard et al. 2023; of Adam a length
 EXIT_CODES = """exit codes:
   0  ended as planned           4  the model cannot be used
   1  an error without a code    5  the network: no entry point answers, p2p daemon dead
@@ -76,8 +78,27 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, title: str) -> None:
     )
     group.add_argument(
         "--aggregation",
-        choices=("mean", "trimmed_mean", "median"),
+        choices=choices("aggregation"),
         help="rule of the average (default: mean, the paper's)",
+    )
+    group.add_argument(
+        "--screening",
+        choices=choices("screening"),
+        help="leave out whole contributions by their length or direction (default: none)",
+    )
+    group.add_argument(
+        "--outer-optimizer",
+        choices=choices("outer_optimizer"),
+        help="what is done with the averaged delta (default: plain, it is added)",
+    )
+    group.add_argument(
+        "--outer-lr",
+        type=positive,
+        metavar="LR",
+        help="its learning rate (default: plain 1, nesterov 0.7, adam 0.001)",
+    )
+    group.add_argument(
+        "--outer-momentum", type=float, metavar="M", help="its momentum, Adam's beta1 (default: 0.9)"
     )
     group.add_argument(
         "--weights",
@@ -90,13 +111,32 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, title: str) -> None:
         metavar="W",
         help="cap of a weight by examples, in round budgets (default: 4)",
     )
-    group.add_argument("--compression", choices=("fp32", "fp16"), help="of what travels (default: fp32)")
+    group.add_argument(
+        "--compression", choices=choices("compression"), help="of what travels (default: fp32)"
+    )
+    group.add_argument(
+        "--exchange-limit-seconds",
+        type=positive,
+        metavar="S",
+        help="one averaging takes at most so long, however slow a peer is (default: 600)",
+    )
+    group.add_argument(
+        "--audit-parts",
+        type=int,
+        metavar="N",
+        help="parts of others' averages that each peer computes again after a round (default: 2)",
+    )
     group.add_argument(
         "--lease-seconds",
         type=positive,
         metavar="S",
         help="silence after which a peer counts as gone (default: 30)",
     )
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """Values that a key of the spec may have."""
+    return get_args(RunSpec.model_fields[key].annotation)
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +160,13 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="MADDR",
         help="addresses to tell others, where they differ",
+    )
+    group.add_argument(
+        "--reachability",
+        choices=("unknown", "public", "private"),
+        default="unknown",
+        help="public: others can dial this peer, and it relays for those that cannot be dialled; "
+        "private: they cannot, so its entry points relay for it (default: unknown)",
     )
 
 
@@ -152,15 +199,24 @@ def spec_options(
         "min_peers": args.min_peers,
         "max_peers": args.max_peers,
         "aggregation": args.aggregation,
+        "screening": args.screening,
+        "outer_optimizer": args.outer_optimizer,
+        "outer_lr": args.outer_lr,
+        "outer_momentum": args.outer_momentum,
         "weights": args.weights,
         "max_weight": args.max_weight,
         "compression": args.compression,
+        "exchange_limit_seconds": args.exchange_limit_seconds,
+        "audit_parts": args.audit_parts,
         "lease_seconds": args.lease_seconds,
     }
     options = {**(from_file or {}), **{key: value for key, value in flags.items() if value is not None}}
     if options.get("round_examples") is None and options.get("round_seconds") is None:
         options["round_examples"] = DEFAULT_ROUND_EXAMPLES
     options.setdefault("num_rounds", DEFAULT_NUM_ROUNDS)
+    outer_lr = DEFAULT_OUTER_LR.get(str(options.get("outer_optimizer")))
+    if outer_lr is not None:
+        options.setdefault("outer_lr", outer_lr)
     options.setdefault("created_at", round(time.time(), 3))
     options.setdefault("seed", seed)
     return options

@@ -1,10 +1,16 @@
-"""Who is alive, at which round, holding which state: a table of the newest valid heartbeats."""
+"""Who is alive, at which round, holding which state, and who has been silent for too long to be counted?
+
+A table of the newest valid heartbeats. **Live** is whose heartbeat has not expired: it can take part.
+**Silent** is stricter, since a majority is counted without the silent: no heartbeat for the lease itself,
+given that heartbeats are a sixth of a lease apart and clocks differ by up to two seconds.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from coordinator.records import PeerRecord, RecordError, check_times, open_signed
@@ -13,6 +19,13 @@ from coordinator.spec import RunSpec
 logger = logging.getLogger(__name__)
 
 MAX_PEERS_KNOWN = 4096
+TRAINING_PHASES = frozenset({"finetuning", "ready", "evaluating"})
+CLOCK_DIFFERENCE_SECONDS = 2.0  # between two peers; beyond that, rounds may fork and heal
+
+
+def silence_seconds(spec: RunSpec) -> float:
+    """Since its newest heartbeat was issued, after which a peer was unheard for longer than the lease."""
+    return spec.lease_seconds * 7 / 6 + CLOCK_DIFFERENCE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Membership:
         self._lock = threading.Lock()
         self._members: dict[str, Member] = {}
         self._forgotten: dict[str, float] = {}  # peer id -> instant up to which its heartbeats do not count
+        self._heard: dict[str, PeerRecord] = {}  # the newest of each, expired and forgotten ones included
+        self._banned: set[str] = set()
         self._complained: set[tuple[str, str]] = set()
 
     def observe(self, data: bytes, *, now: float, claimed_by: str | None = None) -> Member | None:
@@ -45,15 +60,27 @@ class Membership:
             self._complain(claimed_by or "a peer", str(error))
             return None
         with self._lock:
+            if author in self._banned or not self._hear(author, record, now):
+                return None
             return self._store(Member(author, record, _envelope(data)))
+
+    def _hear(self, peer_id: str, record: PeerRecord, now: float) -> bool:
+        """Note when a peer was last heard; False when there is no room for one more."""
+        known = self._heard.get(peer_id)
+        if known is None and len(self._heard) >= MAX_PEERS_KNOWN:
+            limit = now - silence_seconds(self._spec)
+            self._heard = {p: heard for p, heard in self._heard.items() if heard.issued_at >= limit}
+            if len(self._heard) >= MAX_PEERS_KNOWN:
+                self._complain(peer_id, f"more than {MAX_PEERS_KNOWN} peers are known already")
+                return False
+        if known is None or record.issued_at > known.issued_at:
+            self._heard[peer_id] = record
+        return True
 
     def _store(self, member: Member) -> Member | None:
         known = self._members.get(member.peer_id)
         newest = known.record.issued_at if known else self._forgotten.get(member.peer_id, 0.0)
         if member.peer_id == self._own_peer_id or member.record.issued_at <= newest:
-            return None
-        if known is None and len(self._members) >= MAX_PEERS_KNOWN:
-            self._complain(member.peer_id, f"more than {MAX_PEERS_KNOWN} peers are known already")
             return None
         self._members[member.peer_id] = member
         return member
@@ -75,6 +102,56 @@ class Membership:
             member = self._members.pop(peer_id, None)
             if member is not None:
                 self._forgotten[peer_id] = member.record.issued_at
+
+    def ban(self, peer_id: str, why: str) -> None:
+        """For the rest of the run: no record of it counts, and no majority counts it."""
+        with self._lock:
+            self._banned.add(peer_id)
+            self._members.pop(peer_id, None)
+        logger.warning("peer %s is excluded from the run: %s", peer_id[-8:], why)
+
+    @property
+    def banned(self) -> frozenset[str]:
+        with self._lock:
+            return frozenset(self._banned)
+
+    def absent(
+        self, peer_ids: Collection[str], *, tip: str, now: float, listened_seconds: float
+    ) -> frozenset[str]:
+        """Who of `peer_ids` need not be counted for the round after `tip`: silent, resigned, or banned.
+
+        A peer never heard of is silent once I have listened for as long (`listened_seconds`, of a clock that
+        never jumps). One that is forgotten because a call failed is not: it may be there for others.
+        """
+        with self._lock:
+            return frozenset(
+                peer
+                for peer in peer_ids
+                if peer != self._own_peer_id
+                and (
+                    peer in self._banned
+                    or self._is_silent(peer, now, listened_seconds)
+                    or (peer in self._heard and self._heard[peer].resigned == tip)
+                )
+            )
+
+    def in_training(self, *, tip: str, now: float) -> frozenset[str]:
+        """Who said last that it trains on `tip`, and is not silent: live, expired of late, or forgotten."""
+        with self._lock:
+            return frozenset(
+                peer
+                for peer, record in self._heard.items()
+                if record.commit == tip
+                and record.phase in TRAINING_PHASES
+                and record.resigned != tip
+                and peer not in self._banned
+                and not self._is_silent(peer, now, 0.0)
+            )
+
+    def _is_silent(self, peer_id: str, now: float, listened_seconds: float) -> bool:
+        heard = self._heard.get(peer_id)
+        since = listened_seconds if heard is None else now - heard.issued_at
+        return since > silence_seconds(self._spec)
 
     def _complain(self, who: str, why: str) -> None:
         if (who, why) not in self._complained and len(self._complained) < 1000:

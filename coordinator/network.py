@@ -488,6 +488,7 @@ class Network:
             await asyncio.sleep(pause_seconds)
             try:
                 self._p2p = await self._start_daemon(host_maddrs)
+                old.fail_pending_calls()  # those made meanwhile, which nobody will answer
                 await self._reconnect()
                 return True
             except (NetworkError, *_TRANSPORT_ERRORS) as error:

@@ -11,7 +11,9 @@ import base64
 import binascii
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,13 +21,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from coordinator.identity import Identity, is_signed_by
 
 MAX_RECORD_BYTES = 10_000  # what the DHT takes without harm, with room
-MAX_MESSAGE_BYTES = 256 * 1024  # a proposal or a commit: a few hundred bytes per member
+MAX_MESSAGE_BYTES = 1024 * 1024  # a proposal of 256 members, 1 to 3 KB each; p2pd takes 2 MB
 MAX_CLOCK_SKEW_SECONDS = 10.0
 GENESIS = "0" * 64  # the hash of the commit before the first
+MAX_MISSING_RANGES = 256  # per contribution
+MAX_REASON_CHARS = 200
 
 PeerIdText = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
 HashText = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Instant = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # DHT time, seconds since 1970
+OptionalHash = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # empty: none
+Reason = Annotated[str, Field(max_length=MAX_REASON_CHARS)]
 _SOME = Field(min_length=1, max_length=1024)
 Count = Annotated[int, Field(ge=0, le=2**53)]  # bounded, so that it converts to a float
 SignatureText = Annotated[str, Field(max_length=88)]  # base64 of 64 bytes
@@ -42,7 +48,11 @@ class Record(BaseModel):
 
     def canonical(self) -> bytes:
         """The bytes that are signed and hashed: JSON with sorted keys."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        return _canonical(self.model_dump(mode="json"))
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 class PeerRecord(Record):
@@ -57,37 +67,77 @@ class PeerRecord(Record):
     num_examples: Count = 0  # finetuned for the next round, once ready
     entered_at: Instant = 0.0  # when it began the next round
     addresses: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=8)] = []
+    resigned: OptionalHash = ""  # hash of the commit in whose next round it does not vote, whatever it does
     issued_at: Instant
     expires_at: Instant
+
+
+PartRange = Annotated[tuple[Count, Count], Field(strict=False)]  # [first, stop) of global parts
 
 
 class Contribution(Record):
     peer: PeerIdText
     num_examples: Count
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # what the spec makes of the signed examples
+    norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # of the whole delta, declared and checked
+    factor: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = (
+        1.0  # what rule and screening left of it
+    )
+    missing: Annotated[tuple[PartRange, ...], Field(strict=False, max_length=MAX_MISSING_RANGES)] = ()
+    reason: Reason = ""  # why a part of it is missing, where it was not that it stopped coming
+
+
+class Exclusion(Record):
+    """Who was left out of a round for what it sent."""
+
+    peer: PeerIdText
+    reason: Reason
 
 
 class Commit(Record):
-    """A round that happened: all its signers hold `state_hash`."""
+    """A round that happened: a fusion, whose signers hold `state_hash`, or the way back to the state before.
 
-    kind: Literal["commit"] = "commit"
+    The **value** of a commit is all of it but the attempt: a later attempt may have to sign the same value
+    again (see ballot.py), and both certificates then stand for one tip.
+    """
+
+    kind: Literal["fuse", "rollback"] = "fuse"
     run: HashText
     round: Annotated[int, Field(ge=1)]
     attempt: Count
     previous: HashText  # hash of the commit that this one follows
     state_hash: HashText
-    contributors: Annotated[list[Contribution], _SOME]  # in the order of the group
+    contributors: Annotated[list[Contribution], Field(max_length=1024)]  # in the order of the group
+    excluded: Annotated[list[Exclusion], Field(max_length=1024)] = []
     electorate: Annotated[list[PeerIdText], _SOME]  # more than half of these sign
-    committed_at: Instant  # DHT time at which the leader proposed it
+    reason: Reason = ""  # of a roll-back
+    committed_at: Instant  # DHT time at which the leader proposed it first
 
-    @property
+    @cached_property
     def hash(self) -> str:
+        """Identity of the value: what the next commit and the heartbeats name."""
+        value = self.model_dump(mode="json", exclude={"attempt"})
+        return hashlib.sha256(_canonical(value)).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of what is signed: the value under this attempt."""
         return hashlib.sha256(self.canonical()).hexdigest()
 
     @property
     def cohort(self) -> frozenset[str]:
         """Whose majority the next commit needs."""
         return frozenset(contribution.peer for contribution in self.contributors)
+
+    def under(self, attempt: int) -> Commit:
+        """The same value, to be signed in another attempt."""
+        return self.model_copy(update={"attempt": attempt})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Commit:
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("hash", None)  # pydantic would copy what was computed of the old fields
+        copy.__dict__.pop("digest", None)
+        return copy
 
 
 class SignedCommit(Record):
@@ -96,20 +146,49 @@ class SignedCommit(Record):
 
 
 class Proposal(Record):
-    """A leader's call to fuse: the members' own signed records say what each brings."""
+    """A leader's call to fuse or to roll back: the members' own signed records say what each brings."""
 
     kind: Literal["proposal"] = "proposal"
+    purpose: Literal["fuse", "rollback"] = "fuse"
     run: HashText
     round: Annotated[int, Field(ge=1)]
     attempt: Count
     previous: HashText
     members: Annotated[list[dict[str, str]], _SOME]  # Signed PeerRecords, as JSON
+    excluded: Annotated[list[Exclusion], Field(max_length=1024)] = []  # left out for what they sent
     electorate: Annotated[list[PeerIdText], _SOME]
+    reason: Reason = ""  # of a roll-back
     proposed_at: Instant
 
-    @property
+    @cached_property
     def hash(self) -> str:
         return hashlib.sha256(self.canonical()).hexdigest()
+
+
+class Acceptance(Record):
+    """A member's answer to a proposal: it refuses lower attempts from now on; and what it signed so far."""
+
+    kind: Literal["acceptance"] = "acceptance"
+    run: HashText
+    proposal: HashText
+    lock: OptionalHash = ""  # value that it last signed in this round
+    lock_attempt: Count = 0  # in which attempt; means nothing without a lock
+    holds: bool = False  # whether it can hand out the state of that value
+
+
+class Promise(Record):
+    """What must survive a kill: what a peer accepted and signed in the round after `previous`."""
+
+    kind: Literal["promise"] = "promise"
+    run: HashText
+    round: Annotated[int, Field(ge=1)]
+    previous: HashText
+    attempt: Annotated[int, Field(ge=-1)] = -1  # refuses lower ones, to join and to sign; -1: accepted none
+    proposal: OptionalHash = ""  # the one that it accepted in that attempt
+    lock: Commit | None = None  # what it last signed in this round
+    has_resigned: bool = False  # does not vote in this round
+    signs_until: Instant = 0.0  # nobody signs in its attempt after that instant
+    lock_until: Instant = 0.0  # nobody signs in the lock's attempt after that instant
 
 
 R = TypeVar("R", bound=Record)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from coordinator.chain import Chain, required_signatures
-from coordinator.membership import Member
+from coordinator.membership import TRAINING_PHASES, Member
 from coordinator.spec import RunSpec
 
-TRAINING_PHASES = frozenset({"finetuning", "ready", "evaluating"})
+MAX_FALTERS = 2  # a leader that was silent so often in a round leads last
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Wait:
     reason: str
 
 
+NOT_DRAWN = Wait("not drawn this round")
+
+
 @dataclass(frozen=True)
 class Fuse:
     members: tuple[str, ...]  # who is ready, ranked: the leader of attempt a is members[a % len]
@@ -59,16 +63,48 @@ class Fuse:
         return self.members[attempt % len(self.members)]
 
 
+class Leaders:
+    """Who leads an attempt of this round, as far as one peer can tell: silent leaders come last."""
+
+    def __init__(self) -> None:
+        self._falters: Counter[str] = Counter()
+
+    def was_silent(self, leader: str) -> None:
+        self._falters[leader] += 1
+
+    def two_at_once(self) -> None:
+        """Somebody else led the attempt that I led: we rank differently. Back to the order that all have.
+
+        Else two peers that were both silent once would forever lead together and wait together.
+        """
+        self._falters.clear()
+
+    def ranked(self, fuse: Fuse) -> Fuse:
+        """Stable: whoever was not silent too often keeps the rank of the draw."""
+        members = sorted(fuse.members, key=lambda peer: self._falters[peer] >= MAX_FALTERS)
+        return Fuse(tuple(members), fuse.electorate)
+
+
 Action = Stop | CatchUp | Finetune | Alone | Wait | Fuse
 
 
 def decide(
-    chain: Chain, me: Standing, others: Sequence[Member], now: float, *, known_tips: Collection[str] = ()
+    chain: Chain,
+    me: Standing,
+    others: Sequence[Member],
+    now: float,
+    *,
+    known_tips: Collection[str] = (),
+    absent: Collection[str] = (),
+    counted: Collection[str] = (),
+    left_out: Collection[str] = (),
 ) -> Action:
     """The next step of a peer in the run.
 
     `others` are the live members, by heartbeat. `known_tips` are hashes of commits that need no
-    looking at: my chain's own, and those of chains that were compared with it and lost.
+    looking at: my chain's own, and those of chains that were compared with it and lost. `absent` and
+    `counted` say who votes (see `electorate_of`). `left_out` take no part in the next attempt, though
+    they may vote in the round.
     """
     spec = chain.spec
     known = {*known_tips, chain.tip}
@@ -79,15 +115,16 @@ def decide(
         return Stop("all rounds are committed")
     if not me.is_ready:
         return _finetune_or_wait(chain, me, others)
-    trainers = [m for m in others if trains_on(m, chain)]
+    in_training = [m for m in others if trains_on(m, chain)]
+    trainers = [m for m in in_training if m.peer_id not in left_out]
     if len(trainers) + 1 < spec.min_peers:
         return Alone()
     drawn = draw(chain, [*(m.peer_id for m in trainers), me.peer_id])
     if me.peer_id not in drawn:
-        return Wait("not drawn this round")
+        return NOT_DRAWN
     ready = {m.peer_id for m in trainers if m.record.phase == "ready"} | {me.peer_id}
     members = tuple(peer for peer in drawn if peer in ready)
-    electorate = tuple(sorted(voters_of(chain, others, drawn) or drawn))
+    electorate = electorate_of(chain, me.peer_id, others, absent=absent, counted=counted)
     if (missing := _missing(members, electorate, spec)) is not None:
         return Wait(missing)
     entered = [m.record.entered_at for m in trainers if m.peer_id in drawn] + [me.entered_at]
@@ -111,17 +148,26 @@ def draw(chain: Chain, candidates: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(candidates, key=lambda peer: rank(chain, peer))[: chain.spec.max_peers])
 
 
-def voters_of(chain: Chain, others: Collection[Member], drawn: Collection[str]) -> frozenset[str]:
-    """The previous cohort, less those silent beyond their lease and those who take no part now.
+def electorate_of(
+    chain: Chain,
+    own_peer_id: str,
+    others: Collection[Member],
+    *,
+    absent: Collection[str],
+    counted: Collection[str],
+) -> tuple[str, ...]:
+    """Whose majority signs the next commit: the previous cohort, less the absent (`Membership.absent`).
 
-    Their majority signs the next commit; when there are none (the first round, or all are gone),
-    that of all drawn. Who takes no part says so in its heartbeat: it waits, joins, is done, or was
-    not drawn. Who trains on another commit counts: it may be committing a round without me.
+    When there are none of them (the first round, or all are gone), those drawn of all who are in training:
+    the live `others`, and the `counted`, who are not silent yet (`Voter.counted`). The newcomers among
+    them; or all, if those of the previous cohort who had resigned have come back and nobody else is there.
     """
-    elsewhere = {
-        m.peer_id for m in others if m.record.phase in TRAINING_PHASES and m.record.commit != chain.tip
-    }
-    return chain.cohort & (elsewhere | set(drawn))
+    if voters := chain.cohort - frozenset(absent):
+        return tuple(sorted(voters))
+    here = {own_peer_id, *(m.peer_id for m in others if trains_on(m, chain))}
+    resigned = {m.peer_id for m in others if m.record.resigned == chain.tip}
+    voters = frozenset(here).union(counted) - resigned - frozenset(absent)
+    return tuple(sorted(draw(chain, voters - chain.cohort or voters or here)))
 
 
 def round_deadline(chain: Chain, entered: Sequence[float]) -> float:
@@ -145,7 +191,7 @@ def _finetune_or_wait(chain: Chain, me: Standing, others: Sequence[Member]) -> A
     if len(trainers) < chain.spec.max_peers:
         return Finetune()
     drawn = draw(chain, [*trainers, me.peer_id])
-    return Finetune() if me.peer_id in drawn else Wait("not drawn this round")
+    return Finetune() if me.peer_id in drawn else NOT_DRAWN
 
 
 def _missing(members: Collection[str], electorate: Collection[str], spec: RunSpec) -> str | None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from coordinator.errors import SpecError
 
 MAX_SPEC_BYTES = 64 * 1024
+MAX_ADAM_LR = 0.1
 MAX_MODEL_FILE_BYTES = 64 * 1024 * 1024
 MODEL_FILE_SUFFIXES = (".json", ".txt", ".model")  # data only: never code, never pickle
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # of a file: no folders, no control characters
@@ -28,6 +29,7 @@ Instant = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LeaseSeconds = Annotated[float, Field(ge=5, le=3600, allow_inf_nan=False)]
 MaxWeight = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**53)]  # bounded, so that it converts to a float
+Aggregation = Literal["mean", "clipped_mean", "trimmed_mean", "median", "centered_clipping"]
 PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
 
 
@@ -43,7 +45,7 @@ class ModelFile(_Frozen):
 class RunSpec(_Frozen):
     """Everything that all peers of a run must agree on."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2  # 2: manifests, ballots, rules and codecs of version 0.2
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     created_at: Instant  # seconds since 1970: tells runs apart
     model: Annotated[str, Field(min_length=1, max_length=512)]  # hub id, or a path that only some peers have
@@ -58,10 +60,16 @@ class RunSpec(_Frozen):
     lease_seconds: LeaseSeconds = 30.0  # silence that means gone
     min_peers: Annotated[int, Field(ge=1, le=1024)] = 2  # a round is fused by at least so many
     max_peers: Annotated[int, Field(ge=1, le=1024)] = 64
-    aggregation: Literal["mean", "trimmed_mean", "median"] = "mean"
+    aggregation: Aggregation = "mean"  # the paper's is the mean
+    screening: Literal["none", "norm", "cosine", "norm_cosine"] = "none"  # of whole contributions
     weights: Literal["uniform", "examples"] = "uniform"  # the paper's is uniform
     max_weight: MaxWeight = 4.0  # by examples: at most so many budgets
-    compression: Literal["fp32", "fp16"] = "fp32"  # of what travels
+    compression: Literal["fp32", "fp16", "bf16", "int8", "int4", "topk"] = "fp32"  # of what travels
+    outer_optimizer: Literal["plain", "nesterov", "adam"] = "plain"  # what is done with the fused delta
+    outer_lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    outer_momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.9  # Adam's beta1
+    exchange_limit_seconds: PositiveSeconds = 600.0  # of one all-reduce, however slow a member may be
+    audit_parts: Annotated[int, Field(ge=0, le=64)] = 2  # that each member computes again after a round
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     @field_validator("files")
@@ -78,6 +86,10 @@ class RunSpec(_Frozen):
     def _consistent(self) -> RunSpec:
         if self.round_examples is None and self.round_seconds is None:
             raise ValueError("set round_examples or round_seconds (or both): a round needs a budget")
+        if self.outer_optimizer == "adam" and self.outer_lr > MAX_ADAM_LR:
+            raise ValueError(
+                f"outer_lr {self.outer_lr:g} is too large for adam, where it is a length: about 0.001"
+            )
         if self.min_peers > self.max_peers:
             raise ValueError(f"min_peers ({self.min_peers}) is larger than max_peers ({self.max_peers})")
         if self.round_seconds is not None and self.round_seconds > self.round_limit_seconds:

@@ -77,6 +77,7 @@ def _start(args: argparse.Namespace) -> int:
             identity_path=args.identity_path or output_dir / "identity.key",
             host_maddrs=tuple(args.host_maddrs),
             announce_maddrs=tuple(args.announce_maddrs),
+            reachability=args.reachability,
             reporter=reporter,
             stop=stop,
         ).serve()

@@ -1,361 +1,957 @@
-"""How one flat vector per peer becomes one for all: hivemind's butterfly all-reduce, made exact and bounded.
+"""How one flat vector per peer becomes one for all: a butterfly all-reduce, exact and bounded.
 
-The only module that subclasses hivemind's averaging (1.1.12). It relies on `AllReduceRunner.__init__`,
-`run`, `rpc_aggregate_part` and `finalize`, replaces `_communicate_with_peer`, `_generate_input_for_peer`,
-`_accumulate_parts_streaming` and `_ban_sender`, and relies on how `TensorPartContainer` cuts parts and on
-the members of `TensorPartReducer` that the runner touches; a test pins their signatures.
+Every member reduces a run of parts (`peer.parts`). It opens one stream to each other reducer, sends its
+manifest and its parts there, and gets the results and a signed statement back on the same stream:
 
-What is different from the stock runner, and why (measured in docs/experiments.md):
-- Reducers send the encoded result, not differences, and decode their own bytes too: the stock
-  runner leaves three peers with three hashes.
-- A reducer waits for all parts of a slice and applies a rule of `peer.aggregate` in the order of
-  the group; weights come from signed records, never from the message.
-- Parts of a wrong shape or with values that are not finite fail the attempt and name their sender.
-- Whoever stops sending, on either side, fails the attempt at once; stock peers stall, or "succeed"
-  with their own old values. The result is used only when it is complete.
+    sender   HELLO  MANIFEST  PART PART ...                          DONE
+    reducer  WELCOME  [FIGURES]  RESULT RESULT ... STATEMENT      (ALIVE while it waits for others)
+
+- A reducer applies the rule to a part when all senders that are still in have sent it, encodes the result
+  once, and everybody, itself included, decodes those bytes: the states are equal bit for bit.
+- A sender that stops, or sends what does not fit its signed manifest, loses its remaining parts of that
+  reducer, not the round for all. The statement says so, and with it the record of the round.
+- A reducer that is gone fails the attempt on every member: there is no result for its parts. The next
+  attempt starts from the same encoded parts.
+- A stream that is cut is opened again and goes on where it was.
+- Rules that need cosines of whole contributions take two phases: each reducer tells all others the Gram
+  matrix of its parts (FIGURES) before the first result.
+
+Why not hivemind's `AllReduceRunner`: ARCHITECTURE.md has the figures.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import math
+import struct
+import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, AsyncIterator  # noqa: UP035 (hivemind reads this hint by its name in typing)
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
-from google.protobuf.message import DecodeError
-from hivemind.averaging.allreduce import AllReduceRunner
-from hivemind.compression import CompressionBase, CompressionInfo, Float16Compression, NoCompression
-from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
-from hivemind.proto import averaging_pb2, runtime_pb2
-from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
 
 from coordinator.agreement import Group, GroupFailed
 from coordinator.errors import RoundError
-from peer.aggregate import RULES, Rule
+from coordinator.identity import Identity
+from coordinator.network import Network, PeerUnreachable
+from coordinator.records import MAX_MISSING_RANGES, Contribution, RecordError, parse_json, sign
+from coordinator.streams import FrameStream, StreamError, Traffic, open_stream, serve_streams
+from peer.aggregate import Plan, needs_gram
+from peer.layout import flat_bytes
+from peer.manifest import (
+    MAX_GRAM_MEMBERS,
+    MAX_SIGNED_BYTES,
+    Manifest,
+    Outgoing,
+    SenderReport,
+    Statement,
+    figures_hash,
+    figures_to_json,
+    join_hashes,
+    open_manifest,
+    open_statement,
+    part_hash,
+    split_hashes,
+    squared_norm,
+)
+from peer.reduction import (
+    BadPartError,
+    checked_part,
+    decoded,
+    encode_result,
+    figures_problem,
+    gram_matrix,
+    plan_of,
+    reduce_values,
+    residual_hashes,
+)
 
 logger = logging.getLogger(__name__)
 
-PART_SIZE_BYTES = 256 * 1024
-STALL_TIMEOUT_SECONDS = 10.0  # between two parts from one peer; each part is a quarter of a megabyte
-SLOWEST_BYTES_PER_SECOND = 125_000  # 1 Mbit/s: what the whole exchange may take at the most
+STALL_FLOOR_SECONDS = 3.0  # silence of a live process on a busy machine; what the size takes comes on top
+STALL_FACTOR = 4.0  # times what the measured rate of the link predicts
+UNMEASURED_BYTES_PER_SECOND = 125_000.0  # 1 Mbit/s: the slowest link that is meant to work
+STRAGGLER_FACTOR = 20.0  # times what the median sender took, for the slowest one
+ALIVE_SECONDS = 0.5  # a reducer that waits for others says so this often
 GROUP_WAIT_SECONDS = 5.0  # a sender may be ahead of our own start
-CODECS: dict[str, CompressionBase] = {"fp32": NoCompression(), "fp16": Float16Compression()}
-_EXCHANGE_ERRORS = (
-    *(RoundError, P2PDaemonError, P2PHandlerError, OSError, EOFError, TimeoutError),
-    *(DecodeError, TypeError, ValueError),  # from hivemind, for bytes that are no such message
-)
-_BYTES_PER_VALUE = {NoCompression: 4, Float16Compression: 2}
+OPEN_SECONDS = 5.0  # one attempt to open a stream
+PAUSES_SECONDS = (0.05, 0.3, 0.6)  # before opening a broken stream again; then its peer counts as gone
+RECONNECT_SECONDS = 2.0  # a reducer waits so long for a sender whose stream broke
+SERVED_POLL_SECONDS = 0.1
+WINDOW_PARTS = 8  # that a sender may be ahead of the slowest
+NORM_CAP = 3.0  # a result longer than that times its ingredients is a lie
+FEEDBACK_CAP = 2.2  # error feedback that makes a result longer is dropped; rounding may add a third, of int4
+
+_WELCOME, _REFUSED, _MANIFEST, _PART, _FIGURES, _RESULT, _STATEMENT, _ALIVE, _DONE = range(1, 10)
+_U32 = struct.Struct(">I")
+_GROUP_ID_BYTES = 32
+_MAX_TEXT_BYTES = 200
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What of the spec decides a result."""
+
+    aggregation: str
+    screening: str
+    limit_seconds: float  # of the whole exchange
 
 
 @dataclass(frozen=True)
 class Reduced:
-    flat: torch.Tensor  # (num_values,) float32, the same bytes on every member
-    bytes_sent: int  # tensor parts that left this peer
-    bytes_received: int
+    """The outcome of one attempt, the same on every member but for the byte counts."""
+
+    flat: torch.Tensor  # (num_values,) float32
+    contributions: tuple[Contribution, ...]  # in the order of the group, with norm, factor and missing parts
+    statements: Mapping[str, bytes]  # signed, by reducer
+    manifests: Mapping[str, bytes]  # signed, by sender: those that this member has seen as a reducer
+    residuals: Mapping[int, torch.Tensor]  # by part: the own error feedback as a reducer, once committed
+    traffic: Traffic  # goes on while slower members take the rest of the results
 
 
-class AllReduceService(ServicerBase):
-    """The permanent RPC handler of a peer: hands each incoming stream to the runner of its group."""
+class AllReduceService:
+    """What a peer needs for all its all-reduces: a handler of incoming streams, and what links were like."""
 
-    def __init__(self, p2p: P2P, namespace: str) -> None:
-        self._p2p, self._namespace = p2p, namespace
-        self._runners: dict[bytes, BackboneAllReduce] = {}
+    def __init__(self, network: Network, identity: Identity, run_digest: str) -> None:
+        self.network, self.identity, self.run_digest = network, identity, run_digest
+        self.name = f"cold-fusion-2/{run_digest[:16]}/allreduce"
+        self._exchanges: dict[bytes, _Exchange] = {}
         self._ended: deque[bytes] = deque(maxlen=64)  # groups that are over: who comes late is told at once
         self._changed = asyncio.Event()  # set, and replaced, whenever a group begins
+        self._rates: dict[str, float] = {}  # bytes per second to and from each peer, of the last exchange
+        self._last: _Told | None = None  # in the attempt before, complete or not
 
     async def start(self) -> None:
-        await self.add_p2p_handlers(self._p2p, namespace=self._namespace)
+        self.network.on_call("statements", self._on_statements)
+        await serve_streams(self.network, self.name, self._on_stream)
 
-    async def reduce(self, group: Group, flat: torch.Tensor, *, rule: str, codec: str) -> Reduced:
-        """Average `flat` (num_values,) with the members of `group`, within a bounded time.
+    async def reduce(
+        self, group: Group, outgoing: Outgoing, rules: Rules, *, residuals: Mapping[int, torch.Tensor]
+    ) -> Reduced:
+        """Combine `outgoing` with the other members' of `group`, within `rules.limit_seconds`.
 
-        Every member gets the same bytes, or RoundError is raised (GroupFailed when one peer is the
-        cause). `flat` is not changed.
+        `residuals`: the own error feedback as a reducer, by part. Every member gets the same bytes, or
+        RoundError is raised (GroupFailed when one peer is the cause).
         """
-        runner = BackboneAllReduce(
-            p2p=self._p2p,
-            namespace=self._namespace,
-            group=group,
-            flat=flat,
-            rule=RULES[rule],
-            codec=CODECS[codec],
-        )
-        limit = 2 * STALL_TIMEOUT_SECONDS + 2 * flat.numel() * flat.element_size() / SLOWEST_BYTES_PER_SECOND
-        async with self._registered(group.group_id, runner):
-            return await runner.collect(limit_seconds=limit)
-
-    @asynccontextmanager
-    async def _registered(self, group_id: bytes, runner: BackboneAllReduce) -> AsyncIterator[None]:
-        self._runners[group_id] = runner
+        for earlier in list(self._exchanges.values()):
+            earlier.close()  # the group has moved on
+        if self._last is not None and self._last.group.round == group.round:
+            await self._find_two_statements(self._last, group.members)
+        if needs_gram(rules.aggregation, rules.screening) and len(group.members) > MAX_GRAM_MEMBERS:
+            raise RoundError(f"this rule is for groups of up to {MAX_GRAM_MEMBERS}")
+        exchange = _Exchange(self, group, outgoing, rules, residuals)
+        self._last = exchange.told
+        self._exchanges[group.group_id] = exchange
         self._changed.set()  # wakes who waits for this group now,
         self._changed = asyncio.Event()  # and the next ones wait for the next
         try:
-            yield
+            async with asyncio.timeout(rules.limit_seconds):
+                return await exchange.run()
+        except TimeoutError as error:
+            raise RoundError(f"the all-reduce took longer than {rules.limit_seconds:.0f} s") from error
         finally:
-            del self._runners[group_id]
+            self.network.create_task(self._finish(group.group_id, exchange))
+
+    def rate(self, peer_id: str) -> float:
+        return self._rates.get(peer_id, UNMEASURED_BYTES_PER_SECOND)
+
+    def measured(self, peer_id: str, bytes_per_second: float) -> None:
+        self._rates[peer_id] = bytes_per_second
+
+    async def _find_two_statements(self, last: _Told, members: Sequence[str]) -> None:
+        """The attempt before came to nothing: did a reducer tell different members different things?
+
+        Raises GroupFailed, with the two signatures as proof, when one did.
+        """
+        others = [member for member in members if member != self.identity.peer_id]
+        await asyncio.gather(*(self._compare_statements(last, member) for member in others))
+
+    async def _compare_statements(self, last: _Told, member: str) -> None:
+        body = {"run": self.run_digest, "group": last.group.group_id.hex()}
+        try:
+            digests = parse_json(await self._ask_statements(member, body))
+            for reducer, mine in last.digests().items():
+                theirs = digests.get(reducer) if isinstance(digests, dict) else None
+                if theirs is not None and theirs != mine:
+                    signed = await self._ask_statements(member, {**body, "reducer": reducer})
+                    last.check_second(reducer, signed)
+        except (PeerUnreachable, RecordError) as error:
+            logger.info("statements of %s not compared: %s", member[-8:], error)
+
+    async def _ask_statements(self, member: str, body: dict[str, str]) -> bytes:
+        return await self.network.call(member, "statements", body, timeout_seconds=STALL_FLOOR_SECONDS)
+
+    async def _on_statements(self, _peer_id: str, body: Any) -> bytes:
+        last = self._last
+        if not isinstance(body, dict) or last is None or body.get("group") != last.group.group_id.hex():
+            raise RecordError("not of the last group here")
+        reducer = body.get("reducer")
+        if reducer is None:
+            return json.dumps(last.digests()).encode()
+        return last.signed(str(reducer))
+
+    async def _finish(self, group_id: bytes, exchange: _Exchange) -> None:
+        """Go on serving as a reducer until everybody has everything: a failure of mine need not be theirs."""
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(exchange.rules.limit_seconds):
+                    await exchange.served()
+        finally:
+            exchange.close()
+            del self._exchanges[group_id]
             self._ended.append(group_id)
 
-    async def rpc_aggregate_part(
-        self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
-    ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        try:
-            first = await asyncio.wait_for(anext(stream), GROUP_WAIT_SECONDS)
-        except (TimeoutError, StopAsyncIteration):
+    async def _on_stream(self, stream: FrameStream) -> None:
+        hello = stream.greeting
+        group_id, next_result = hello[:_GROUP_ID_BYTES], int.from_bytes(hello[_GROUP_ID_BYTES:], "big")
+        exchange = await self._exchange_of(group_id)
+        if exchange is None or not exchange.is_served(stream.peer_id):
+            why = "no such group here" if exchange is None else "you are not in this group"
+            logger.warning("refused a stream of %s: %s", stream.peer_id[-8:], why)
+            await stream.send(_REFUSED, why.encode())
             return
-        runner = await self._runner_of(first.group_id)
-        if runner is None:
-            yield averaging_pb2.AveragingData(code=averaging_pb2.BAD_GROUP_ID)
-            return
-        if context.remote_id not in runner:
-            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
-            return
-        async for message in runner.rpc_aggregate_part(achain(as_aiter(first), stream), context):
-            yield message
+        await exchange.serve(stream, next_result)
 
-    async def _runner_of(self, group_id: bytes) -> BackboneAllReduce | None:
-        """Of a group that is running here, or begins here soon; None for any other."""
+    async def _exchange_of(self, group_id: bytes) -> _Exchange | None:
+        """The one that is running here, or begins here soon."""
         with suppress(TimeoutError):
             async with asyncio.timeout(GROUP_WAIT_SECONDS):
-                while group_id not in self._runners and group_id not in self._ended:
+                while group_id not in self._exchanges and group_id not in self._ended:
                     await self._changed.wait()
-        return self._runners.get(group_id)
+        return self._exchanges.get(group_id)
 
 
-class BackboneAllReduce(AllReduceRunner):
-    """One all-reduce of one flat vector in a known group. Either complete on this peer, or failed."""
+@dataclass(frozen=True)
+class _Told:
+    """What the reducers of one attempt have told this member; kept until the next attempt."""
 
-    tensor_part_reducer: Any  # hivemind's until __init__ replaces it
+    group: Group
+    owned: Mapping[str, range]  # parts by reducer
+    run_digest: str
+    statements: dict[str, tuple[Statement, bytes]] = field(default_factory=dict)  # by reducer, and as signed
+
+    def digests(self) -> dict[str, str]:
+        return {member: statement.digest for member, (statement, _) in self.statements.items()}
+
+    def signed(self, reducer: str) -> bytes:
+        if reducer not in self.statements:
+            raise RecordError("no statement of that reducer here")
+        return self.statements[reducer][1]
+
+    def check_second(self, reducer: str, signed: bytes) -> None:
+        """Raises GroupFailed when a reducer signed this, too; RecordError when it did not."""
+        statement = self.open(reducer, signed)
+        if statement.digest != self.statements[reducer][0].digest:
+            raise GroupFailed(reducer, "told two members different results", is_proven=True)
+
+    def open(self, reducer: str, signed: bytes) -> Statement:
+        """Raises RecordError."""
+        return open_statement(
+            signed,
+            reducer=reducer,
+            run=self.run_digest,
+            group=self.group.group_id.hex(),
+            parts=self.owned[reducer],
+        )
+
+
+class _Exchange:
+    """One attempt, seen from one member: it sends to every reducer, and is one itself."""
 
     def __init__(
         self,
-        *,
-        p2p: P2P,
-        namespace: str,
+        service: AllReduceService,
         group: Group,
-        flat: torch.Tensor,
-        rule: Rule,
-        codec: CompressionBase,
+        outgoing: Outgoing,
+        rules: Rules,
+        residuals: Mapping[int, torch.Tensor],
     ) -> None:
-        ordered = tuple(PeerID.from_base58(peer) for peer in group.members)
-        super().__init__(
-            p2p=p2p,
-            servicer_type=AllReduceService,
-            prefix=namespace,
-            group_id=group.group_id,
-            tensors=(flat,),
-            weight=1.0,
-            ordered_peer_ids=ordered,
-            peer_fractions=(1.0 / len(ordered),) * len(ordered),
-            sender_timeout=STALL_TIMEOUT_SECONDS,
-            reducer_timeout=2 * STALL_TIMEOUT_SECONDS,
-            compression=codec,
-            part_size_bytes=PART_SIZE_BYTES,
-        )
-        self.tensor_part_container.return_deltas = False
-        parts_by_peer = self.tensor_part_container._input_parts_by_peer
-        self._parts_by_peer = [[part for part, _ in parts] for parts in parts_by_peer]
-        self._part_sizes = [[part.numel() for part in parts] for parts in self._parts_by_peer]
-        weights = [contribution.weight for contribution in group.contributions]
-        self.tensor_part_reducer.finished.set()  # the stock one is not used; this keeps it from complaining
-        self.tensor_part_reducer = _RuleReducer(
-            [p.shape for p in self.parts_for_local_averaging], weights, rule
-        )
-        self._codec = codec
-        self._encoded: dict[int, runtime_pb2.Tensor] = {}  # part index -> result, until all members have it
-        self._num_encoded_uses: dict[int, int] = {}
-        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._bytes_sent = self._bytes_received = 0
+        self.service, self.group, self.outgoing, self.rules = service, group, outgoing, rules
+        self.grid, self.codec = outgoing.grid, outgoing.codec
+        self.own = service.identity.peer_id
+        self.is_two_phase = needs_gram(rules.aggregation, rules.screening)
+        self._owned = self.grid.owned(group.members)
+        self.reducers = {member for member, parts in self._owned.items() if len(parts) > 0}
+        self.result = torch.empty(self.grid.num_values, dtype=torch.float32)
+        self._result_bytes = flat_bytes(self.result)
+        self.figures: dict[str, np.ndarray] = {}  # by reducer: (n, n) float64, NaN for who is incomplete
+        self.told = _Told(group, self._owned, service.run_digest)
+        self._hashes: dict[str, list[bytes]] = {member: [] for member in self._owned}  # of results taken
+        self._squared_norms = dict.fromkeys(self._owned, 0.0)  # of results taken
+        self._streams: set[FrameStream] = set()
+        self.traffic = Traffic()
+        self.changed = asyncio.Condition()
+        self.reducer = _Reducer(self, self._owned[self.own], residuals)
+        self._reducing = asyncio.ensure_future(self.reducer.run())
 
-    async def collect(self, *, limit_seconds: float) -> Reduced:
-        """Run to the end. Raises RoundError, within the limit, when any part is missing."""
-        outputs = asyncio.ensure_future(self._run_to_end())
-        either: set[asyncio.Future[Any]] = {outputs, self._failure}
+    async def run(self) -> Reduced:
+        others = sorted(self.reducers - {self.own})
+        exchanging = [asyncio.ensure_future(self._exchange_with(member)) for member in others]
+        reducing = asyncio.shield(self._reducing)  # which goes on for the others when this fails
         try:
-            await asyncio.wait(either, timeout=limit_seconds, return_when=asyncio.FIRST_COMPLETED)
-            if self._failure.done():
-                self._failure.result()
-            if not outputs.done():
-                raise RoundError(f"the all-reduce took longer than {limit_seconds:.0f} s")
-            return Reduced(outputs.result(), self._bytes_sent, self._bytes_received)
+            for done in asyncio.as_completed([*exchanging, reducing]):
+                await done
+        except asyncio.CancelledError as error:
+            if _is_being_cancelled() or not self._reducing.cancelled():
+                raise
+            raise RoundError("another attempt has begun meanwhile") from error
         finally:
-            if not self._failure.done():
-                self._failure.cancel()
-            outputs.cancel()
-            await asyncio.wait({outputs}, timeout=1.0)
-            for future in (outputs, self._future):  # looked at, so that asyncio does not log them as lost
-                if future.done() and not future.cancelled():
-                    future.exception()
+            for task in (*exchanging, reducing):
+                task.cancel()
+            await asyncio.gather(*exchanging, reducing, return_exceptions=True)
+            if self.is_two_phase and not self.figures.keys() >= self.reducers:
+                self._reducing.cancel()  # the rest of the figures will never come
+        self._check_results()
+        return self._reduced()
 
-    async def _run_to_end(self) -> torch.Tensor:
-        result = None
-        async for tensor in self.run():
-            result = tensor
-        if result is None or not bool(torch.isfinite(result).all()):
-            raise RoundError("the average holds values that are not finite")
-        return result
+    async def served(self) -> None:
+        """Until everybody who asked for the own results has them, or is gone."""
+        failed_at = None
+        while not self.reducer.is_served(time.monotonic()):
+            if self._reducing.done() and not self._has_results():
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() > failed_at + self._linger_seconds():
+                    return  # the end of their streams tells the others
+            await asyncio.sleep(SERVED_POLL_SECONDS)
 
-    def _fail(self, error: RoundError) -> None:
-        logger.debug("%s of %s", error, self.peer_id)
-        if not self._failure.done():
-            self._failure.set_exception(error)
+    def _has_results(self) -> bool:
+        return not self._reducing.cancelled() and self._reducing.exception() is None
 
-    def _fail_because_of(self, peer_id: PeerID, error: _BadPart) -> None:
-        """Blame a peer: what it sent is wrong."""
-        self._fail(GroupFailed(str(peer_id), str(error)))
+    def _linger_seconds(self) -> float:
+        """How long to say ALIVE though there will be no results.
 
-    def _fail_at(self, peer_id: PeerID, why: str) -> None:
-        """Blame nobody: whoever breaks off may do so because of a third peer. The next proposal finds out."""
-        self._fail(RoundError(f"the exchange with {str(peer_id)[-8:]} ended early: {why[:160]}"))
+        Where another one is to blame, the others will see that for themselves; if I left before, they
+        would blame me.
+        """
+        error = None if self._reducing.cancelled() else self._reducing.exception()
+        if error is None or (isinstance(error, GroupFailed) and error.culprit != self.own):
+            return GROUP_WAIT_SECONDS
+        if isinstance(error, RoundError):
+            return 0.0
+        raise error
+
+    def close(self) -> None:
+        self._reducing.cancel()
+        self.reducer.is_closed = True
+        for stream in list(self._streams):
+            stream.close()
+
+    def is_served(self, peer_id: str) -> bool:
+        return peer_id in self._owned and peer_id != self.own
+
+    async def serve(self, stream: FrameStream, next_result: int) -> None:
+        """As a reducer: one sender's stream, up to its end."""
+        with self._using(stream):
+            await self.reducer.serve(stream, next_result)
+
+    @contextmanager
+    def _using(self, stream: FrameStream) -> Iterator[None]:
+        self._streams.add(stream)
+        stream.traffic = self.traffic
+        try:
+            yield
+        finally:
+            stream.close()
+            self._streams.discard(stream)
+
+    def stall_limit(self, peer_id: str, num_bytes: int) -> float:
+        """Seconds in which the next `num_bytes` from a peer must come, from what its link has shown."""
+        limit = STALL_FLOOR_SECONDS + STALL_FACTOR * num_bytes / self.service.rate(peer_id)
+        return min(limit, self.rules.limit_seconds)
+
+    async def notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
 
     # as a member: send parts, take results
 
-    async def _communicate_with_peer(self, peer_id: PeerID) -> None:
-        peer_index = self.ordered_peer_ids.index(peer_id)
-        try:
-            if peer_id == self.peer_id:
-                await self._reduce_own_parts(peer_index)
-            else:
-                await self._exchange_parts(peer_id, peer_index)
-        except _BadPart as error:
-            self._fail_because_of(peer_id, error)
-        except _EXCHANGE_ERRORS as error:
-            self._fail_at(peer_id, str(error) or type(error).__name__)
+    async def _exchange_with(self, member: str) -> None:
+        """Until all results of one reducer are here. Raises GroupFailed when it is gone."""
+        pauses = iter(PAUSES_SECONDS)
+        num_results = -1
+        while True:
+            try:
+                await self._converse(member)
+                return
+            except (StreamError, TimeoutError) as error:
+                if len(self._hashes[member]) > num_results:  # it gave something since the last break
+                    num_results = len(self._hashes[member])
+                    pauses = iter(PAUSES_SECONDS)
+                pause = next(pauses, None)
+                if pause is None or isinstance(error, TimeoutError):
+                    raise GroupFailed(member, str(error) or "is silent in the all-reduce") from error
+                await asyncio.sleep(pause)
 
-    async def _reduce_own_parts(self, peer_index: int) -> None:
-        for part_index, part in enumerate(self.parts_for_local_averaging):
-            average = await self.tensor_part_reducer.accumulate_part(peer_index, part_index, part)
-            encoded = await self._encode_once(part_index, average)
-            decoded = _decode(self._codec, encoded, part.numel())
-            self.tensor_part_container.register_processed_part(peer_index, part_index, decoded)
-
-    async def _exchange_parts(self, peer_id: PeerID, peer_index: int) -> None:
-        stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(
-            self._generate_input_for_peer(peer_index)
+    async def _converse(self, member: str) -> None:
+        hello = self.group.group_id + _U32.pack(len(self._hashes[member]))
+        stream = await open_stream(
+            self.service.network, member, self.service.name, hello, timeout_seconds=OPEN_SECONDS
         )
-        sizes = self._part_sizes[peer_index]
-        num_received = 0
-        async with aclosing(stream):
-            async for message in aiter_with_timeout(stream, self.reducer_timeout):
-                if message.code != averaging_pb2.AVERAGED_PART:
-                    raise RoundError(f"it answered {averaging_pb2.MessageCode.Name(message.code)}")
-                part = _decode(self._codec, message.tensor_part, _size_of(sizes, num_received))
-                self._bytes_received += len(message.tensor_part.buffer)
-                self.tensor_part_container.register_processed_part(peer_index, num_received, part)
-                num_received += 1
-        if num_received != len(sizes):
-            raise RoundError(f"it sent {num_received} of {len(sizes)} averaged parts")
+        with self._using(stream):
+            next_part = await self._greet(stream, member)
+            started = time.monotonic()
+            sending = asyncio.ensure_future(self._send_parts(stream, member, next_part))
+            try:
+                await self._take_results(stream, member)
+                if sending.done():  # else it wants none of the rest, and a frame is under way
+                    await stream.send(_DONE)
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+            self.service.measured(member, self._num_bytes_with(member) / (time.monotonic() - started))
 
-    async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
-        for part in self._parts_by_peer[peer_index]:
-            message = averaging_pb2.AveragingData(
-                code=averaging_pb2.PART_FOR_AVERAGING,
-                group_id=self.group_id,
-                tensor_part=_encode(self._codec, part),
-            )
-            self._bytes_sent += len(message.tensor_part.buffer)
-            yield message
+    def _num_bytes_with(self, member: str) -> int:
+        return 2 * len(self._owned[member]) * self.codec.size_bytes(self.grid.part_values)
 
-    # as a reducer: take parts, send the result
+    async def _greet(self, stream: FrameStream, member: str) -> int:
+        """Which of my parts the reducer wants next; -1: the manifest as well, and all parts."""
+        async with asyncio.timeout(GROUP_WAIT_SECONDS + self.stall_limit(member, 0)):
+            kind, payload = await stream.receive({_WELCOME: _U32.size, _REFUSED: _MAX_TEXT_BYTES})
+        if kind == _REFUSED:
+            text = bytes(payload).decode(errors="replace")
+            raise GroupFailed(member, f"refused the all-reduce: {text}")
+        return int.from_bytes(payload, "big", signed=True)
 
-    async def _accumulate_parts_streaming(
-        self, stream: AsyncIterator[averaging_pb2.AveragingData], sender_index: int
-    ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        sender, part_index = self.sender_peer_ids[sender_index], 0
-        sizes = [part.numel() for part in self.parts_for_local_averaging]
+    async def _send_parts(self, stream: FrameStream, member: str, next_part: int) -> None:
+        parts = self._owned[member]
+        if next_part < 0:
+            await stream.send(_MANIFEST, self.outgoing.signed)
+            next_part = parts.start
+        for part in range(max(next_part, parts.start), parts.stop):
+            await self._send_part(stream, part)
+
+    async def _send_part(self, stream: FrameStream, part: int) -> None:
+        await stream.send(_PART, self.outgoing.parts[part])
+
+    async def _take_results(self, stream: FrameStream, member: str) -> None:
+        num_bytes = self.codec.size_bytes(self.grid.part_values)
+        accepted = {
+            _ALIVE: 0,
+            _FIGURES: 8 * len(self.group.members) ** 2 if self.is_two_phase else -1,
+            _RESULT: num_bytes,
+            _STATEMENT: MAX_SIGNED_BYTES,
+        }
+        while True:
+            async with asyncio.timeout(self.stall_limit(member, num_bytes)):
+                kind, payload = await stream.receive(accepted, self._room_for_result(member))
+            if kind == _RESULT:
+                self.take_result(member, payload)
+            elif kind == _FIGURES:
+                await self.take_figures(member, payload)
+            elif kind == _STATEMENT:
+                self.take_statement(member, bytes(payload))
+                return
+
+    def _room_for_result(self, member: str) -> dict[int, memoryview]:
+        """Where the next result of a lossless codec can be read to without a copy."""
+        part = self._owned[member].start + len(self._hashes[member])
+        if self.codec.is_lossy or part >= self._owned[member].stop:
+            return {}
+        start, stop = self.grid.bounds(part)
+        return {_RESULT: self._result_bytes[4 * start : 4 * stop]}
+
+    def take_result(self, member: str, data: bytes | bytearray | memoryview) -> None:
+        """The encoded result of the next part of its reducer; the own ones come this way as well."""
+        part = self._owned[member].start + len(self._hashes[member])
+        if part >= self._owned[member].stop:
+            raise GroupFailed(member, "sent more results than it has parts")
+        start, stop = self.grid.bounds(part)
+        values = self.result[start:stop]
         try:
-            async for message in stream:
-                part = _decode(self._codec, message.tensor_part, _size_of(sizes, part_index))
-                self._bytes_received += len(message.tensor_part.buffer)
-                average = await self.tensor_part_reducer.accumulate_part(sender_index, part_index, part)
-                encoded = await self._encode_once(part_index, average)
-                self._bytes_sent += len(encoded.buffer)
-                yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=encoded)
-                part_index += 1
-        except _BadPart as error:
-            self._fail_because_of(sender, error)
-            raise
-        if part_index != self.tensor_part_reducer.num_parts:
-            self._fail_at(sender, f"it sent {part_index} of {self.tensor_part_reducer.num_parts} parts")
+            self._decode_into(values, data)
+        except ValueError as error:
+            raise GroupFailed(member, f"sent a result that cannot be decoded: {error}") from error
+        squared = squared_norm(values)
+        if not math.isfinite(squared):
+            raise GroupFailed(member, f"sent a result that is not finite, part {part}")
+        self._hashes[member].append(part_hash(data))
+        self._squared_norms[member] += squared
 
-    async def _encode_once(self, part_index: int, average: torch.Tensor) -> runtime_pb2.Tensor:
-        """The bytes of a result: encoded for the first member that asks, the same object for the others."""
-        if part_index not in self._encoded:
-            self._encoded[part_index] = _encode(self._codec, average)
-        encoded = self._encoded[part_index]
-        uses = self._num_encoded_uses[part_index] = self._num_encoded_uses.get(part_index, 0) + 1
-        if uses == self.group_size:
-            del self._encoded[part_index]
-        return encoded
+    def _decode_into(self, values: torch.Tensor, data: bytes | bytearray | memoryview) -> None:
+        if self.codec.is_lossy:
+            self.codec.decode(data, values.numel(), out=values)
+        elif len(data) != 4 * values.numel():
+            raise ValueError(f"{len(data)} bytes for {values.numel()} values")
+        elif not isinstance(data, memoryview) or data.obj is not self._result_bytes.obj:
+            flat_bytes(values)[:] = data  # else it was read to its place already
 
-    async def _ban_sender(self, peer_id: PeerID) -> None:
-        """Called by the stock runner for a sender that is silent or breaks off."""
-        self._fail_at(peer_id, "it stopped sending its parts")
+    async def take_figures(self, member: str, payload: bytes | bytearray | memoryview) -> None:
+        size = len(self.group.members)
+        if len(payload) != 8 * size * size:
+            raise GroupFailed(member, "sent figures of another size")
+        figures = np.frombuffer(payload, dtype="<f8").reshape(size, size)
+        if not np.array_equal(figures, self.figures.setdefault(member, figures), equal_nan=True):
+            raise GroupFailed(member, "sent other figures than before")
+        self.check_figures(member)
+        await self.notify()
+
+    def check_figures(self, member: str) -> None:
+        """A reducer's Gram matrix against the manifests that are here. Raises GroupFailed."""
+        squared_norms = self.reducer.squared_norms(self._owned[member])
+        if problem := figures_problem(self.figures[member], squared_norms):
+            raise GroupFailed(member, f"sent figures that cannot be: {problem}")
+
+    def take_statement(self, member: str, signed: bytes) -> None:
+        try:
+            statement = self.told.open(member, signed)
+        except RecordError as error:
+            raise GroupFailed(member, str(error)) from error
+        told = [(report.peer, report.declared) for report in statement.senders]
+        if told != [(c.peer, c.weight) for c in self.group.contributions]:
+            raise GroupFailed(member, "its statement is about other senders or weights")
+        if split_hashes(statement.results) != self._hashes[member]:
+            raise GroupFailed(member, "its statement names other results than it sent")
+        if self.is_two_phase and member not in self.figures:
+            raise GroupFailed(member, "sent a statement without figures")
+        self.told.statements[member] = (statement, signed)
+
+    # when everything is here
+
+    def _check_results(self) -> None:
+        for member, (statement, _) in self.told.statements.items():
+            self._check_manifests(member, statement)
+            self._check_figures(member, statement)
+            self._check_norm(member)
+
+    def _check_manifests(self, member: str, statement: Statement) -> None:
+        """Two reducers that hold different manifests of one sender were lied to, or one of them lies."""
+        for report in statement.senders:
+            seen = self.reducer.manifest_of(report.peer)
+            if seen is None or report.manifest is None:
+                continue
+            if seen.digest != report.manifest:
+                if report.peer == self.own:
+                    raise GroupFailed(member, "its statement names a manifest that is not mine")
+                raise GroupFailed(report.peer, f"sent {member[-8:]} and me different manifests")
+            if seen.norm != report.norm:
+                raise GroupFailed(member, "its statement names a norm that is not in the manifest")
+
+    def _check_figures(self, member: str, statement: Statement) -> None:
+        own = figures_to_json(self.figures.get(member))
+        if own != statement.figures:
+            raise GroupFailed(member, "its statement names other figures than it told")
+        told, mine = split_hashes(statement.told), split_hashes(self.figures_told())
+        if len(told) != len(mine):
+            raise GroupFailed(member, "its statement does not name the figures of every reducer")
+        for reducer, theirs, here in zip(sorted(self.figures), told, mine, strict=True):
+            if theirs != here:  # one of the two lies; about my own figures I know who
+                culprit = member if reducer == self.own else reducer
+                raise GroupFailed(culprit, f"told {member[-8:]} and me different figures")
+
+    def figures_told(self) -> str:
+        """The hashes of all figures, by reducer: what a plan was made from."""
+        return join_hashes(
+            b"".join(figures_hash(figures_to_json(f)) for _, f in sorted(self.figures.items()))
+        )
+
+    def _check_norm(self, member: str) -> None:
+        """The norm cap: what a lying reducer can do is bounded by what honest senders sent."""
+        parts = self._owned[member]
+        manifests = self.reducer.manifests()
+        if len(manifests) < len(self.group.members) or len(parts) == 0:
+            return
+        bound = math.fsum(m.squared_norms[part] for m in manifests for part in parts)
+        if self._squared_norms[member] > NORM_CAP**2 * bound + 1e-12:
+            raise GroupFailed(member, "its results are larger than what they were made of")
+
+    def _reduced(self) -> Reduced:
+        statements = {member: statement for member, (statement, _) in self.told.statements.items()}
+        return Reduced(
+            flat=self.result,
+            contributions=self._contributions(statements),
+            statements={member: signed for member, (_, signed) in self.told.statements.items()},
+            manifests=self.reducer.signed_manifests(),
+            residuals=self.reducer.new_residuals,
+            traffic=self.traffic,
+        )
+
+    def _contributions(self, statements: Mapping[str, Statement]) -> tuple[Contribution, ...]:
+        """What the statements say of each sender; the same on every member, since the statements are."""
+        result = []
+        for index, contribution in enumerate(self.group.contributions):
+            reports = {member: s.senders[index] for member, s in sorted(statements.items())}
+            missing = [
+                (self._owned[member].start + report.num_parts, self._owned[member].stop)
+                for member, report in reports.items()
+                if report.num_parts < len(self._owned[member])
+            ]
+            reasons = [f"{r.reason} (says {member[-8:]})" for member, r in reports.items() if r.reason]
+            result.append(
+                contribution.model_copy(
+                    update={
+                        "norm": max(report.norm for report in reports.values()),
+                        "factor": min(report.factor for report in reports.values()),
+                        "missing": _joined(missing),
+                        "reason": "; ".join(reasons)[:_MAX_TEXT_BYTES],
+                    }
+                )
+            )
+        return tuple(result)
 
 
-class _BadPart(Exception):
-    """A part from another peer that cannot be used."""
+def _is_being_cancelled() -> bool:
+    """Whether it is this task that somebody cancels, and not only one that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
-class _RuleReducer:
-    """Collects one part of all members, applies the rule, and hands every caller the same result.
-
-    Stands in for hivemind's TensorPartReducer, which adds parts up in the order of their arrival.
-    """
-
-    def __init__(self, part_shapes: Sequence[torch.Size], weights: Sequence[float], rule: Rule) -> None:
-        self.part_shapes, self.num_parts = part_shapes, len(part_shapes)
-        self.finished = asyncio.Event()
-        self._weights, self._rule = weights, rule
-        self._parts: dict[int, dict[int, torch.Tensor]] = {}
-        self._results: dict[int, asyncio.Future[torch.Tensor]] = {}
-
-    async def accumulate_part(self, sender_index: int, part_index: int, part: torch.Tensor) -> torch.Tensor:
-        if self.finished.is_set():
-            raise RoundError("the all-reduce has ended")
-        if part_index >= self.num_parts or part.shape != self.part_shapes[part_index]:
-            raise _BadPart(f"sent part {part_index} with a wrong shape or number")
-        if not bool(torch.isfinite(part).all()):
-            raise _BadPart(f"sent values that are not finite in part {part_index}")
-        parts = self._parts.setdefault(part_index, {})
-        result = self._results.setdefault(part_index, asyncio.get_running_loop().create_future())
-        parts[sender_index] = part.to(torch.float32)
-        if len(parts) == len(self._weights):
-            ordered = [parts[index] for index in range(len(self._weights))]
-            del self._parts[part_index], self._results[part_index]
-            result.set_result(self._rule(ordered, self._weights))
-        return await asyncio.shield(result)
-
-    def finalize(self) -> None:
-        self.finished.set()
-        for result in self._results.values():
-            result.cancel()
-        self._parts.clear()
+def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sorted, disjoint ranges, those that touch as one; of more than a record takes, the last ones as one."""
+    joined: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if joined and (joined[-1][1] == first or len(joined) == MAX_MISSING_RANGES):
+            first = joined.pop()[0]
+        joined.append((first, stop))
+    return tuple(joined)
 
 
-def _size_of(sizes: Sequence[int], index: int) -> int:
-    """Of the part that is expected next. Raises _BadPart when there is none."""
-    if index >= len(sizes):
-        raise _BadPart(f"sent more than {len(sizes)} parts")
-    return sizes[index]
+@dataclass
+class _Sender:
+    """One member, as its reducer sees it."""
+
+    peer_id: str
+    next_part: int
+    manifest: Manifest | None = None
+    signed_manifest: bytes = b""
+    hashes: Sequence[bytes] = ()
+    is_in: bool = True  # False: what it sends from now on does not count
+    reason: str = ""  # why not, where it sent something wrong
+    changed_at: float = field(default_factory=time.monotonic)  # last instant at which something came
+    started_at: float = 0.0  # when its manifest came
+    finished_at: float | None = None
+    stream: FrameStream | None = None
+    has_results: bool = False
 
 
-def _encode(codec: CompressionBase, tensor: torch.Tensor) -> runtime_pb2.Tensor:
-    return codec.compress(tensor, CompressionInfo.from_tensor(tensor))
+class _Reducer:
+    """Collects parts of all members, applies the rule, and keeps every result for whoever asks."""
 
+    def __init__(self, exchange: _Exchange, parts: range, residuals: Mapping[int, torch.Tensor]) -> None:
+        self._exchange, self._parts = exchange, parts
+        self._grid, self._codec, self._rules = exchange.grid, exchange.codec, exchange.rules
+        self._residuals = dict(residuals)
+        self.new_residuals: dict[int, torch.Tensor] = {}
+        self._senders = [_Sender(member, parts.start) for member in exchange.group.members]
+        self._inbox: dict[int, dict[int, bytes | bytearray | memoryview | torch.Tensor]] = {
+            part: {} for part in parts
+        }
+        self._results: list[bytes | memoryview] = []
+        self._figures: bytes = b""
+        self._statement: bytes = b""
+        self.is_closed = False
+        self._take_own()
 
-def _decode(codec: CompressionBase, message: runtime_pb2.Tensor, num_values: int) -> torch.Tensor:
-    """(num_values,) float32. Raises _BadPart for anything but the codec of the run and the expected size."""
-    if message.compression != codec.compression_type or message.dtype != "float32":
-        raise _BadPart(f"sent a part as {message.dtype[:20]!r} with another compression than the run's")
-    if (
-        list(message.size) != [num_values]
-        or len(message.buffer) != num_values * _BYTES_PER_VALUE[type(codec)]
-    ):
-        raise _BadPart(f"sent a part of a wrong size: {list(message.size)[:4]} for [{num_values}]")
-    tensor: torch.Tensor = codec.extract(message)
-    return tensor.to(torch.float32)
+    def manifest_of(self, peer_id: str) -> Manifest | None:
+        return next(s.manifest for s in self._senders if s.peer_id == peer_id)
+
+    def manifests(self) -> list[Manifest]:
+        return [sender.manifest for sender in self._senders if sender.manifest is not None]
+
+    def squared_norms(self, parts: range) -> list[float | None]:
+        """Of these parts, of each member, in the order of the group; None where no manifest is here."""
+        return [
+            None if s.manifest is None else math.fsum(s.manifest.squared_norms[part] for part in parts)
+            for s in self._senders
+        ]
+
+    def signed_manifests(self) -> dict[str, bytes]:
+        return {s.peer_id: s.signed_manifest for s in self._senders if s.manifest is not None}
+
+    def _take_own(self) -> None:
+        sender = next(s for s in self._senders if s.peer_id == self._exchange.own)
+        outgoing = self._exchange.outgoing
+        sender.manifest, sender.signed_manifest = outgoing.manifest, outgoing.signed
+        sender.next_part, sender.has_results = self._parts.stop, True
+        index = self._senders.index(sender)
+        for part in self._parts:
+            self._inbox[part][index] = outgoing.parts[part]
+
+    # results
+
+    async def run(self) -> None:
+        """Every part, in order; then the statement. Ends when all results are made, not when all are sent."""
+        if len(self._parts) == 0:
+            return
+        await self._collected(lambda sender: sender.manifest is not None)
+        if self._exchange.is_two_phase:
+            await self._collected(lambda sender: sender.next_part >= self._parts.stop)
+            await self._tell_figures()
+        self._plan = self._make_plan()
+        for part in self._parts:
+            await self._collected(lambda sender, part=part: sender.next_part > part)  # type: ignore[misc]
+            data = self._reduce_part(part)
+            self._results.append(data)
+            self._exchange.take_result(self._exchange.own, data)
+            await self._exchange.notify()
+            await asyncio.sleep(0)  # in two phases all parts are here, and nothing else would ever run
+        self._statement = self._make_statement()
+        self._exchange.take_statement(self._exchange.own, self._statement)
+        await self._exchange.notify()
+
+    async def _collected(self, has_it: Callable[[_Sender], bool]) -> None:
+        """Wait until every sender that is in has it; who does not give it in time is out."""
+        waiting_since = time.monotonic()
+        num_bytes = self._codec.size_bytes(self._grid.part_values)
+        while waiting := [s for s in self._senders if s.is_in and not has_it(s)]:
+            now = time.monotonic()
+            for sender in waiting:
+                if now >= self._deadline(sender, waiting_since, num_bytes):
+                    await self._drop(sender, "")
+            ends_at = min(
+                (self._deadline(s, waiting_since, num_bytes) for s in waiting if s.is_in), default=now
+            )
+            async with self._exchange.changed:
+                if any(s.is_in and not has_it(s) for s in waiting):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(max(0.01, min(ends_at - now, 1.0))):
+                            await self._exchange.changed.wait()
+
+    def _deadline(self, sender: _Sender, waiting_since: float, num_bytes: int) -> float:
+        """Instant at which a sender that we wait for is out: silent, cut off, or far behind the median."""
+        since = max(sender.changed_at, waiting_since)
+        if sender.stream is None:
+            return since + self._grace(sender)
+        silent = since + self._exchange.stall_limit(sender.peer_id, num_bytes)
+        took = sorted(s.finished_at - s.started_at for s in self._senders if s.finished_at is not None)
+        if not took or sender.manifest is None:
+            return silent
+        return min(silent, sender.started_at + STALL_FLOOR_SECONDS + STRAGGLER_FACTOR * took[len(took) // 2])
+
+    async def _drop(self, sender: _Sender, reason: str) -> None:
+        sender.is_in, sender.reason = False, reason[:_MAX_TEXT_BYTES]
+        done = sender.next_part - self._parts.start
+        logger.warning(
+            "%s is out of %d of %d parts: %s",
+            sender.peer_id[-8:],
+            len(self._parts) - done,
+            len(self._parts),
+            reason or "it stopped sending",
+        )
+        await self._exchange.notify()
+
+    async def _tell_figures(self) -> None:
+        """The Gram matrix of my parts, told to all; then wait for everybody else's."""
+        size = len(self._senders)
+        figures = np.full((size, size), np.nan)
+        complete = [i for i, s in enumerate(self._senders) if s.next_part >= self._parts.stop]
+        total = np.zeros((len(complete), len(complete)))
+        for part in self._parts:
+            total += gram_matrix([self._values(part, i) for i in complete])
+            await asyncio.sleep(0)  # ALIVE must be said meanwhile
+        figures[np.ix_(complete, complete)] = total
+        self._figures = figures.astype("<f8").tobytes()
+        await self._exchange.take_figures(self._exchange.own, self._figures)
+        reducers = self._exchange.reducers
+        async with self._exchange.changed:
+            await self._exchange.changed.wait_for(lambda: self._exchange.figures.keys() >= reducers)
+        for reducer in sorted(reducers):  # some may have come before the manifests
+            self._exchange.check_figures(reducer)
+
+    def _make_plan(self) -> Plan:
+        self._norms = [s.manifest.norm if s.manifest is not None and s.is_in else None for s in self._senders]
+        figures = [figures for _, figures in sorted(self._exchange.figures.items())]
+        weights = [contribution.weight for contribution in self._exchange.group.contributions]
+        try:
+            return plan_of(self._rules.aggregation, self._rules.screening, weights, self._norms, figures)
+        except ValueError as error:
+            raise RoundError(f"no weights follow from what was sent: {error}") from error
+
+    def _reduce_part(self, part: int) -> bytes | memoryview:
+        """The encoded result, with the own error feedback. Raises RoundError."""
+        plan = self._plan
+        present = [i for i, s in enumerate(self._senders) if s.next_part > part and plan.weights[i] != 0]
+        try:
+            result = reduce_values(
+                self._rules.aggregation,
+                [self._values(part, i) for i in present],
+                [plan.weights[i] for i in present],
+                self._grid.size(part),
+            )
+            data, residual = encode_result(self._codec, result, self._feedback(part, result))
+        except ValueError as error:
+            raise RoundError(f"part {part} cannot be averaged: {error}") from error
+        del self._inbox[part]
+        if residual is not None:
+            self.new_residuals[part] = residual
+        return data
+
+    def _feedback(self, part: int, result: torch.Tensor) -> torch.Tensor | None:
+        """What earlier results of this part left; nothing where the norm cap would make a liar of me.
+
+        It would when deltas have become far shorter than those that left it.
+        """
+        residual = self._residuals.get(part)
+        if residual is None:
+            return None
+        bound = math.fsum(manifest.squared_norms[part] for manifest in self.manifests())
+        with_it = torch.from_numpy(np.add(result.numpy(), residual.numpy()))
+        if squared_norm(with_it) <= FEEDBACK_CAP**2 * bound:
+            return residual
+        del self._residuals[part]
+        return None
+
+    def _values(self, part: int, index: int) -> torch.Tensor:
+        held = self._inbox[part][index]
+        if isinstance(held, torch.Tensor):
+            return held
+        return decoded(self._codec, held, self._grid.size(part))
+
+    def _make_statement(self) -> bytes:
+        own_figures = self._exchange.figures.get(self._exchange.own)
+        statement = Statement(
+            run=self._exchange.service.run_digest,
+            group=self._exchange.group.group_id.hex(),
+            first_part=self._parts.start,
+            senders=[
+                SenderReport(
+                    peer=s.peer_id,
+                    manifest=None if s.manifest is None else s.manifest.digest,
+                    declared=self._exchange.group.contributions[i].weight,
+                    is_planned=self._norms[i] is not None,
+                    norm=0.0 if s.manifest is None else s.manifest.norm,
+                    num_parts=0 if self._plan.weights[i] == 0 else s.next_part - self._parts.start,
+                    reason=s.reason or self._plan.reasons[i],
+                    weight=self._plan.weights[i],
+                    factor=self._plan.factors[i],
+                )
+                for i, s in enumerate(self._senders)
+            ],
+            results=join_hashes(b"".join(map(part_hash, self._results))),
+            figures=figures_to_json(own_figures),
+            told=self._exchange.figures_told(),
+            residuals_before=residual_hashes(self._residuals, self._parts),
+            residuals_after=residual_hashes(self.new_residuals, self._parts),
+        )
+        return sign(statement, self._exchange.service.identity).to_bytes()
+
+    # one sender's stream
+
+    async def serve(self, stream: FrameStream, next_result: int) -> None:
+        if next_result > len(self._results):
+            await stream.send(_REFUSED, b"there are not so many results")
+            return
+        sender = next(s for s in self._senders if s.peer_id == stream.peer_id)
+        if sender.stream is not None:  # it opened a new one: the old one is broken, whether we know or not
+            sender.stream.close()
+        sender.stream, sender.changed_at = stream, time.monotonic()
+        wanted = sender.next_part if sender.manifest is not None else -1
+        await stream.send(_WELCOME, wanted.to_bytes(4, "big", signed=True))
+        reading = asyncio.ensure_future(self._read(stream, sender))
+        try:
+            await self._send_results(stream, next_result)
+            await asyncio.wait({reading}, timeout=self._exchange.stall_limit(stream.peer_id, 0))  # it closes
+        finally:
+            reading.cancel()
+            if sender.stream is stream:
+                sender.stream, sender.changed_at = None, time.monotonic()
+            await self._exchange.notify()
+
+    def is_served(self, now: float) -> bool:
+        """Whether no stream is open any more, and nobody whose stream broke may still come back."""
+        if self.is_closed or len(self._parts) == 0:
+            return True
+        return all(
+            s.stream is None and (s.has_results or now > s.changed_at + self._grace(s)) for s in self._senders
+        )
+
+    def _grace(self, sender: _Sender) -> float:
+        """Seconds in which a sender without a stream may come, or come back."""
+        return RECONNECT_SECONDS if sender.manifest is not None else GROUP_WAIT_SECONDS
+
+    async def _read(self, stream: FrameStream, sender: _Sender) -> None:
+        frames = {
+            _MANIFEST: MAX_SIGNED_BYTES,
+            _PART: self._codec.size_bytes(self._grid.part_values),
+        }
+        try:
+            while sender.is_in and sender.next_part < self._parts.stop:
+                await self._in_window(sender)
+                kind, payload = await stream.receive(frames)
+                if sender.stream is not stream:
+                    return  # its newer stream begins with the same part
+                if sender.is_in:
+                    await self._take(sender, kind, payload)
+            while not sender.has_results:  # what it may still send does not count, and must not block it
+                kind, _ = await stream.receive({**frames, _DONE: 0})
+                sender.has_results = kind == _DONE
+        except StreamError:
+            if sender.stream is stream:  # it may open another one
+                sender.stream, sender.changed_at = None, time.monotonic()
+
+    async def _take(self, sender: _Sender, kind: int, payload: bytearray | memoryview) -> None:
+        try:
+            if kind == _MANIFEST:
+                self._take_manifest(sender, payload)
+            else:
+                self._take_part(sender, payload)
+        except BadPartError as error:
+            await self._drop(sender, str(error))
+        sender.changed_at = time.monotonic()
+        if sender.next_part == self._parts.stop:
+            sender.finished_at = sender.changed_at
+        await self._exchange.notify()
+
+    async def _in_window(self, sender: _Sender) -> None:
+        if self._exchange.is_two_phase:
+            return
+        is_open = lambda: sender.next_part < self._parts.start + len(self._results) + WINDOW_PARTS  # noqa: E731
+        if not is_open():
+            async with self._exchange.changed:
+                await self._exchange.changed.wait_for(is_open)
+
+    def _take_manifest(self, sender: _Sender, payload: bytes | bytearray | memoryview) -> None:
+        own = self._exchange.outgoing.manifest
+        try:
+            manifest = open_manifest(
+                bytes(payload),
+                sender=sender.peer_id,
+                run=own.run,
+                round=own.round,
+                previous=own.previous,
+                codec=own.codec,
+                grid=self._grid,
+            )
+        except RecordError as error:
+            raise BadPartError(str(error)) from error
+        if sender.manifest is not None and sender.manifest != manifest:
+            raise BadPartError("sent two manifests")
+        sender.manifest, sender.signed_manifest = manifest, bytes(payload)
+        sender.hashes, sender.started_at = manifest.part_hashes(), time.monotonic()
+
+    def _take_part(self, sender: _Sender, data: bytearray | memoryview) -> None:
+        part = sender.next_part
+        if sender.manifest is None:
+            raise BadPartError("sent a part before its manifest")
+        values = checked_part(self._codec, self._grid, sender.manifest, sender.hashes[part], part, data)
+        # Of two phases the encoded bytes are kept: a whole slice of each sender would be four times as large.
+        self._inbox[part][self._senders.index(sender)] = data if self._exchange.is_two_phase else values
+        sender.next_part = part + 1
+
+    async def _send_results(self, stream: FrameStream, next_result: int) -> None:
+        num_figures = 0
+        while True:
+            if self._figures and not num_figures:
+                await stream.send(_FIGURES, self._figures)
+                num_figures = 1
+            while next_result < len(self._results):
+                await self._send_result(stream, next_result)
+                next_result += 1
+            if self._statement:
+                await stream.send(_STATEMENT, self._statement)
+                return
+            async with self._exchange.changed:
+                if next_result == len(self._results) and not self._statement:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(ALIVE_SECONDS):
+                            await self._exchange.changed.wait()
+            if next_result == len(self._results) and not self._statement:
+                await stream.send(_ALIVE)
+
+    async def _send_result(self, stream: FrameStream, index: int) -> None:
+        await stream.send(_RESULT, self._results[index])

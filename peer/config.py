@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from peer.data import DataConfig
 from peer.finetune import FinetuneConfig
+
+Reachability = Literal["unknown", "public", "private"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class PeerConfig:
     run_digest: str | None = None  # the run to trust; None: ask the entry point
     identity_path: Path | None = None  # None: identity.key in output_dir
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)  # where to listen
+    listens: bool = True  # False: takes no connections, only makes them
+    reachability: Reachability = "unknown"  # whether others can dial this peer; private: ask for a relay
     announce_maddrs: tuple[str, ...] = ()  # what to tell others, where it differs
     num_rounds: int | None = None  # leave after so many committed rounds; None: the run's end
     max_seconds: float | None = None  # leave after this time

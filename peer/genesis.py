@@ -6,6 +6,7 @@ state, chunk by chunk. So the peer that began the run may go.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -24,11 +25,13 @@ from coordinator.spec import MAX_SPEC_BYTES, RunSpec, parse_spec, validate_spec
 from coordinator.transfer import Piece, fetch_blob, serve_blobs
 from peer.layout import CHUNK_SIZE_BYTES, StateManifest, TensorLayout, flat_bytes, make_manifest
 from peer.model import load_backbone, model_files, resolve_model
+from peer.outer import OUTER_OPTIMIZERS, buffer_names
 from peer.state import replace_directory
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_SECONDS = 10.0
+NUM_ATTEMPTS = 4  # of a question that may be asked twice: a connection may break
 DOWNLOAD_TIMEOUT_SECONDS = 24 * 3600.0  # a stalled donor is left after 10 s; this only bounds the whole
 
 
@@ -42,6 +45,11 @@ class State:
     @property
     def state_hash(self) -> str:
         return self.manifest.state_hash
+
+    @property
+    def backbone(self) -> torch.Tensor:
+        """(num_parameters,) float32, a view: the state without the outer optimizer's buffers."""
+        return self.flat[: self.manifest.layout.backbone.num_values]
 
     @classmethod
     def of(cls, layout: TensorLayout, flat: torch.Tensor) -> State:
@@ -61,14 +69,16 @@ def make_run(
     `options`: the remaining keys of the spec. Raises ModelError, SpecError.
     """
     model_dir = resolve_model(model, revision)
-    state = State.of(*load_backbone(model_dir))
+    layout, backbone = load_backbone(model_dir)
+    outer = options.get("outer_optimizer", "plain")
+    state = first_state(layout, backbone, outer if outer in OUTER_OPTIMIZERS else "plain")  # told below
     files = model_files(model_dir)
     spec = validate_spec(
         {
             "model": model,
             "revision": revision,
             "backbone_hash": state.state_hash,
-            "num_parameters": state.manifest.layout.num_values,
+            "num_parameters": layout.num_values,
             "files": {name: {"sha256": f.sha256, "size_bytes": f.size_bytes} for name, f in files.items()},
             **options,
         },
@@ -79,9 +89,13 @@ def make_run(
 
 
 def serve_run(
-    network: Network, spec: RunSpec, base_dir: Path, find_state: Callable[[str], State | None]
+    network: Network,
+    spec: RunSpec,
+    base_dir: Path,
+    find_state: Callable[[str], State | None],
+    find_evidence: Callable[[str], memoryview | None] = lambda _: None,
 ) -> None:
-    """Answer others who ask for the spec, the model's files, or a state that `find_state(hash)` gives."""
+    """Answer others who ask for the spec, the model's files, a state by its hash, or evidence by its hash."""
 
     async def on_spec(_peer_id: str, _body: Any) -> bytes:
         return spec.to_toml().encode()
@@ -93,13 +107,19 @@ def serve_run(
         manifest = state.manifest
         return json.dumps({"layout": manifest.layout.to_json(), "chunks": manifest.chunk_hashes}).encode()
 
+    @functools.lru_cache(maxsize=len(spec.files))
+    def read_file(name: str) -> memoryview:
+        return memoryview((base_dir / name).read_bytes())
+
     def open_blob(key: str) -> memoryview | None:
         kind, _, name = key.partition("/")
         if kind == "state":
             state = find_state(name)
             return None if state is None else flat_bytes(state.flat)
+        if kind == "evidence":
+            return find_evidence(name)
         if kind == "file" and name in spec.files:
-            return memoryview((base_dir / name).read_bytes())
+            return read_file(name)
         return None
 
     network.on_call("spec", on_spec)
@@ -116,8 +136,10 @@ def ask_spec(network: Network, peer_ids: Sequence[str], digest: str | None) -> R
     for peer_id in peer_ids:
         try:
             reply = network.run(
-                network.call(peer_id, "spec", None, timeout_seconds=CALL_TIMEOUT_SECONDS),
-                timeout_seconds=2 * CALL_TIMEOUT_SECONDS,
+                network.call(
+                    peer_id, "spec", None, timeout_seconds=CALL_TIMEOUT_SECONDS, num_attempts=NUM_ATTEMPTS
+                ),
+                timeout_seconds=(NUM_ATTEMPTS + 1) * CALL_TIMEOUT_SECONDS,
             )
         except PeerUnreachable as error:
             logger.warning("no run spec from an entry point: %s", error)
@@ -193,9 +215,18 @@ def get_state(
     return State(manifest, torch.frombuffer(data, dtype=torch.float32))
 
 
+def first_state(layout: TensorLayout, backbone: torch.Tensor, outer_optimizer: str) -> State:
+    """Round 0: the pretrained backbone (num_parameters,), and zeros for the outer optimizer's buffers."""
+    names = buffer_names(outer_optimizer)
+    if not names:
+        return State.of(layout, backbone)
+    zeros = torch.zeros(len(names) * backbone.numel(), dtype=torch.float32)
+    return State.of(layout.with_buffers(names), torch.cat([backbone, zeros]))
+
+
 def load_first_state(spec: RunSpec, model_dir: Path) -> State | None:
     """Round 0 from the pretrained weights of `model_dir`; None when they are not those of the spec."""
-    state = State.of(*load_backbone(model_dir))
+    state = first_state(*load_backbone(model_dir), spec.outer_optimizer)
     if state.state_hash != spec.backbone_hash:
         logger.warning("the weights in %s are not those of the run; asking the peers", model_dir)
         return None
@@ -206,17 +237,30 @@ def _get_manifest(network: Network, spec: RunSpec, state_hash: str, donors: Sequ
     for donor in donors:
         try:
             reply = network.run(
-                network.call(donor, "manifest", {"state": state_hash}, timeout_seconds=CALL_TIMEOUT_SECONDS),
-                timeout_seconds=2 * CALL_TIMEOUT_SECONDS,
+                network.call(
+                    donor,
+                    "manifest",
+                    {"state": state_hash},
+                    timeout_seconds=CALL_TIMEOUT_SECONDS,
+                    num_attempts=NUM_ATTEMPTS,
+                ),
+                timeout_seconds=(NUM_ATTEMPTS + 1) * CALL_TIMEOUT_SECONDS,
             )
             manifest = _parse_manifest(reply)
         except (PeerUnreachable, RecordError, ValueError) as error:
             logger.warning("no state from %s: %s", donor[-8:], error)
             continue
-        if manifest.state_hash == state_hash and manifest.layout.num_values == spec.num_parameters:
+        if manifest.state_hash == state_hash and _is_layout_of(spec, manifest.layout):
             return manifest
         logger.warning("no state from %s: its chunks do not belong to the state", donor[-8:])
     raise NetworkError(f"none of {len(donors)} peers holds the state {state_hash[:12]}")
+
+
+def _is_layout_of(spec: RunSpec, layout: TensorLayout) -> bool:
+    backbone = layout.backbone
+    return backbone.num_values == spec.num_parameters and layout == backbone.with_buffers(
+        buffer_names(spec.outer_optimizer)
+    )
 
 
 def _parse_manifest(reply: bytes) -> StateManifest:

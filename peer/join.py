@@ -91,6 +91,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_data_arguments(parser)
     _add_training_arguments(parser)
     add_network_arguments(parser)
+    parser.add_argument(
+        "--no-listen",
+        action="store_true",
+        help="take no connections, only make them; with --reachability private others come by relay",
+    )
     add_output_arguments(parser)
     add_run_arguments(
         parser, title="a new run (without --initial-peers); --rounds N also with them: leave after N rounds"
@@ -251,6 +256,8 @@ def _make_config(args: argparse.Namespace) -> PeerConfig:
         run_digest=_digest(args.run),
         identity_path=args.identity_path,
         host_maddrs=tuple(args.host_maddrs),
+        listens=not args.no_listen,
+        reachability=args.reachability,
         announce_maddrs=tuple(args.announce_maddrs),
         num_rounds=args.rounds if args.initial_peers else None,
         max_seconds=args.max_seconds,

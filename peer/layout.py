@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 CHUNK_SIZE_BYTES = 1 << 20  # one unit of download and of hashing
+BUFFER_PREFIX = "~"  # of the outer optimizer's buffers: behind every parameter's name, so last in the order
 _BYTES_PER_VALUE = 4
 
 
@@ -57,6 +58,19 @@ class TensorLayout:
     @property
     def size_bytes(self) -> int:
         return self.num_values * _BYTES_PER_VALUE
+
+    @property
+    def backbone(self) -> TensorLayout:
+        """The model's part of a state: its first `backbone.num_values` values; behind them are buffers."""
+        names = tuple(name for name in self.names if not name.startswith(BUFFER_PREFIX))
+        return TensorLayout(names=names, shapes=self.shapes[: len(names)])
+
+    def with_buffers(self, names: Sequence[str]) -> TensorLayout:
+        """Of a state: this backbone, and one vector of its size for each buffer name (they start with ~)."""
+        shape = (self.num_values,)
+        return TensorLayout(
+            names=(*self.names, *sorted(names)), shapes=(*self.shapes, *(shape for _ in names))
+        )
 
     @property
     def num_chunks(self) -> int:

@@ -13,6 +13,7 @@ from coordinator.errors import SpecError, UsageError
 from coordinator.identity import load_identity
 from coordinator.network import Network, NetworkConfig
 from coordinator.spec import RunSpec, load_spec
+from peer.config import Reachability
 from peer.display import Reporter
 from peer.genesis import State, load_first_state, make_run, serve_run
 from peer.model import resolve_model
@@ -36,6 +37,7 @@ class EntryPoint:
         identity_path: Path,
         host_maddrs: tuple[str, ...],
         announce_maddrs: tuple[str, ...],
+        reachability: Reachability,
         reporter: Reporter,
         stop: StopSwitch,
     ) -> None:
@@ -43,7 +45,7 @@ class EntryPoint:
         self._source = source
         self._dir, self._values, self._explicit = output_dir, values, explicit
         self._identity_path, self._reporter, self._stop = identity_path, reporter, stop
-        self._maddrs = host_maddrs, announce_maddrs
+        self._maddrs, self._reachability = (host_maddrs, announce_maddrs), reachability
 
     def serve(self) -> None:
         """Until told to stop, or until the run is over. Raises SwarmError."""
@@ -51,7 +53,12 @@ class EntryPoint:
             recover_directory(self._dir / "base")
             spec, state = self._open_run()
             identity = load_identity(self._identity_path)
-            config = NetworkConfig(identity, host_maddrs=self._maddrs[0], announce_maddrs=self._maddrs[1])
+            config = NetworkConfig(
+                identity,
+                host_maddrs=self._maddrs[0],
+                announce_maddrs=self._maddrs[1],
+                reachability=self._reachability,
+            )
             with Network(config) as network:
                 agreement = Agreement(network, identity, Chain(spec), serves_only=True)
                 find = {state.state_hash: state}.get
@@ -73,8 +80,9 @@ class EntryPoint:
             found = network.run(agreement.better_chain(), timeout_seconds=60.0)
             if found is not None:
                 chain = found[0]
-                num_peers = len(chain.commits[-1].commit.contributors)
-                self._reporter.note(f"round {chain.round} was committed by {num_peers} peers")
+                commit = chain.commits[-1].commit
+                what = f"by {len(commit.contributors)} peers" if commit.contributors else "as a roll-back"
+                self._reporter.note(f"round {chain.round} was committed {what}")
                 network.run(_follow(agreement, chain), timeout_seconds=15.0)
             if agreement.chain.round >= agreement.chain.spec.num_rounds and not agreement.live():
                 return "the run is over"

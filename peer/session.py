@@ -11,33 +11,44 @@ import asyncio
 import concurrent.futures
 import json
 import logging
+import math
+import random
+import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coordinator.agreement import Agreement, Committed, Group, LeftAlone, Overtaken
+from coordinator.agreement import Agreement, Committed, Fused, Group, LeftAlone, Overtaken
 from coordinator.board import BoardValidator
 from coordinator.chain import Chain, build_chain
 from coordinator.errors import NetworkError, SpecError, StateError, SwarmError, UsageError
 from coordinator.identity import load_identity
 from coordinator.network import Network, NetworkConfig
-from coordinator.records import SignedCommit, parse_record
+from coordinator.records import Promise, RecordError, SignedCommit, parse_json, parse_record
 from coordinator.rounds import CatchUp, Finetune, Stop, trains_on
 from coordinator.spec import RunSpec, load_spec
-from peer.allreduce import AllReduceService, Reduced
+from coordinator.streams import Traffic
+from peer.allreduce import AllReduceService, Reduced, Rules
+from peer.audit import AuditService, RoundRecord
+from peer.compression import CODECS
 from peer.config import PeerConfig
 from peer.data import TaskData
 from peer.display import Accuracy, ProgressBar, Reporter
+from peer.feedback import ErrorFeedback
 from peer.finetune import Budget
 from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
 from peer.layout import TensorLayout
 from peer.learner import Evaluation, Learner, Progress
+from peer.manifest import Outgoing, prepare
+from peer.memory import release_freed_memory
 from peer.model import export_model
+from peer.outer import outer_step
 from peer.state import (
     Checkpoint,
     CheckpointStore,
@@ -55,6 +66,7 @@ logger = logging.getLogger(__name__)
 SHORT_SECONDS = 15.0  # for what takes milliseconds in the network's thread
 MAX_KNOWN_ADDRESSES = 64
 ENTRY_ATTEMPTS = 5
+ROLLBACK_PAUSE_SECONDS = 2.0  # at random up to that, so that not all propose at once
 
 
 @dataclass
@@ -64,8 +76,7 @@ class _RoundLog:
     round: int
     seconds: dict[str, float] = field(default_factory=dict)
     num_examples: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
     own: Evaluation | None = None
 
     @contextmanager
@@ -94,6 +105,14 @@ class _FuseClock:
         self.ended = time.monotonic()
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A state that this peer holds and the group may commit."""
+
+    state: State
+    reduced: Reduced | None  # None: computed by others, and downloaded
+
+
 class Session:
     """One peer in one run, from entering to leaving. `run` returns the reason for which it ended."""
 
@@ -103,8 +122,11 @@ class Session:
         self._config, self._data, self._store = config, data, store
         self._reporter, self._stop = reporter, stop
         self._dir = config.output_dir
-        self._pending: State | None = None  # the last result of an all-reduce, committed or not
-        self._previous: State | None = None  # of the round before, for those who are downloading it
+        self._pending: dict[str, _Pending] = {}  # states that may be committed yet, by hash
+        self._promise_lock, self._num_promises, self._last_promise = threading.Lock(), 0, 0
+        self._rejected_tip = ""  # hash of a commit that an audit found false
+        self._outgoing: Outgoing | None = None  # of this round, until its audit is over
+        self._feedback = ErrorFeedback()  # what compression cut off
         self._kept_delta: torch.Tensor | None = None  # of a round that was committed without it
         self._best_task_score: float | None = None
         self._base: Evaluation | None = None  # of the current state
@@ -141,6 +163,8 @@ class Session:
         return NetworkConfig(
             identity=load_identity(config.identity_file),
             host_maddrs=config.host_maddrs,
+            listens=config.listens,
+            reachability=config.reachability,
             announce_maddrs=config.announce_maddrs,
             initial_peers=config.initial_peers,
             remembered_peers=_load_addresses(self._dir / "known_peers.json"),
@@ -149,11 +173,30 @@ class Session:
     def _enter(self, spec: RunSpec | None, first_state: State | None, checkpoint: Checkpoint | None) -> None:
         self.spec = spec = self._trusted_spec(spec)
         write_text(self._dir / "run.toml", spec.to_toml())
-        self._agreement = Agreement(self._network, load_identity(self._config.identity_file), Chain(spec))
-        serve_run(self._network, spec, self._dir / "base", self._find_state)
+        identity = load_identity(self._config.identity_file)
+        self._agreement = Agreement(
+            self._network,
+            identity,
+            Chain(spec),
+            remember=self._remember,
+            initial_promise=_load_promise(self._dir / "promise.json"),
+            obtain=self._obtain,
+            holds=lambda state_hash: state_hash in self._pending,
+            wants_rollback=lambda tip: tip == self._rejected_tip,
+        )
+        self._audit = AuditService(
+            self._network,
+            spec.digest,
+            (spec.aggregation, spec.screening),
+            convict=self._convict,
+            live_peers=lambda: [member.peer_id for member in self._agreement.live()],
+        )
+        serve_run(self._network, spec, self._dir / "base", self._find_state, self._audit.open_evidence)
         self._in_network(self._network.start_dht(BoardValidator(spec.digest)), seconds=60.0)
-        self._allreduce = AllReduceService(self._network.p2p, namespace=f"cold-fusion-1/{spec.digest[:16]}")
+        self._allreduce = AllReduceService(self._network, identity, spec.digest)
         self._in_network(self._allreduce.start())
+        self._network.on_restart(self._allreduce.start)
+        self._audit.start()
         self._in_network(self._agreement.start())
         self._is_connected = True
         self._state = self._enter_state(spec, first_state, checkpoint)
@@ -200,6 +243,7 @@ class Session:
             first = State.of(checkpoint.layout, checkpoint.flat)
             self._in_network(self._adopt(chain))
             self._kept_delta = checkpoint.kept_delta
+            self._feedback = ErrorFeedback.of(checkpoint.residual, checkpoint.residuals)
             self._best_task_score = checkpoint.extra.get("best_task_score")
             self._reporter.note(f"resumed at round {chain.round}")
         for _ in range(ENTRY_ATTEMPTS - 1):
@@ -216,12 +260,12 @@ class Session:
         found = self._in_network(self._agreement.better_chain(), seconds=60.0)
         if found is not None:
             chain, holders = found
-            state = self._download(chain, holders)
+            state = self._get_state(chain, holders)
             self._in_network(self._adopt(chain))
             return state
         if first is None and model_dir is not None:
             first = load_first_state(spec, model_dir)
-        return first or self._download(Chain(spec), self._agreement.donors(spec.backbone_hash) or donors)
+        return first or self._get_state(Chain(spec), self._agreement.donors(spec.backbone_hash) or donors)
 
     def _make_learner(self, checkpoint: Checkpoint | None) -> None:
         if self._config.num_threads is not None:
@@ -230,8 +274,8 @@ class Session:
             self._learner = Learner(
                 self._data,
                 self._dir / "base",
-                self._state.manifest.layout,
-                self._state.flat,
+                self._layout.backbone,
+                self._state.backbone,
                 self._config.finetune,
                 eval_examples=self._config.eval_examples,
                 seed=self._config.seed,
@@ -256,6 +300,9 @@ class Session:
             self._check_daemon()
             if self._rounds_left is not None and self._rounds_left <= 0:
                 return f"took part in {self._config.num_rounds} rounds"
+            if self._is_rejected:
+                self._roll_back()
+                continue
             match self._agreement.decide():
                 case Stop(reason=reason):
                     return reason
@@ -274,15 +321,16 @@ class Session:
         self._in_network(self._agreement.set_phase("finetuning", entered_at=Network.now()))
         base = self._evaluate_base(log)
         if self._kept_delta is not None:
-            self._learner.load_backbone(self._state.flat + self._kept_delta)
+            self._learner.load_backbone(self._state.backbone + self._kept_delta)
             self._kept_delta = None
         part = 0
         while True:
             self._finetune(log, part)
-            self._previous = None
+            if self._is_rejected:
+                return
             delta = self._learner.export_backbone()
-            delta -= self._state.flat
-            outcome = self._fuse(delta, log)
+            delta -= self._state.backbone
+            outcome = self._fuse(self._feedback.add_to(delta), log)
             if isinstance(outcome, LeftAlone):
                 self._reporter.alone(log.round)
                 self._keep_task_model(log.own)
@@ -290,16 +338,16 @@ class Session:
                 self._stop.wait(0.5)
                 continue
             if isinstance(outcome, Committed):
-                self._commit(outcome, base, log)
-            else:
-                self._kept_delta = delta if bool(torch.isfinite(delta).all()) else None
+                self._commit(outcome, delta, base, log)
+            elif not self._is_rejected:
+                self._keep_delta(delta)
                 self._catch_up()
             return
 
     def _evaluate_base(self, log: _RoundLog) -> Evaluation:
         if self._base is None:
             with log.timed("evaluate_base"), self._progress(log, "evaluating the base model", 1.0) as bar:
-                self._learner.load_backbone(self._state.flat)
+                self._learner.load_backbone(self._state.backbone)
                 self._base = self._learner.evaluate_base(
                     log.round, on_progress=self._stop.checking(bar.update)
                 )
@@ -324,7 +372,12 @@ class Session:
     def _should_stop_training(self, part: int) -> bool:
         """Told to stop, the round's deadline is near, the others have gone on, or a lone peer has company."""
         agreement = self._agreement
-        if self._stop.is_set or agreement.is_overtaken or Network.now() >= agreement.training_deadline():
+        if (
+            self._stop.is_set
+            or self._is_rejected
+            or agreement.is_overtaken
+            or Network.now() >= agreement.training_deadline()
+        ):
             return True
         tip = agreement.chain.tip
         return part > 0 and any(
@@ -343,11 +396,10 @@ class Session:
         if log.num_examples == 0:  # an empty contribution would only dilute a uniform mean
             self._reporter.warning("no time was left to finetune in this round: sitting it out")
             return self._sit_out()
+        self._outgoing = self._encode(delta, log)
         self._in_network(self._agreement.set_phase("ready", num_examples=log.num_examples))
         clock = _FuseClock()
-        future = self._network.submit(
-            self._agreement.fuse(lambda group: self._reduce(group, delta, log, clock))
-        )
+        future = self._network.submit(self._agreement.fuse(lambda group: self._reduce(group, log, clock)))
         future.add_done_callback(lambda _: clock.stop())
         try:
             # The own backbone is scored while the others get ready.
@@ -363,27 +415,60 @@ class Session:
             log.add("commit", clock.ended - clock.reduce_ended)
         return outcome
 
-    async def _reduce(self, group: Group, delta: torch.Tensor, log: _RoundLog, clock: _FuseClock) -> str:
-        """In the network's thread: average the deltas, add the state; returns the new state's hash."""
-        clock.reduce_started, clock.is_reducing = time.monotonic(), True
-        try:
-            reduced: Reduced = await self._allreduce.reduce(
-                group, delta, rule=self.spec.aggregation, codec=self.spec.compression
+    def _encode(self, delta: torch.Tensor, log: _RoundLog) -> Outgoing:
+        """Once, for all attempts of the round, while the others still finetune."""
+        with log.timed("encode"):
+            return prepare(
+                delta,
+                CODECS[self.spec.compression],
+                load_identity(self._config.identity_file),
+                run=self.spec.digest,
+                round=log.round,
+                previous=self._agreement.chain.tip,
             )
+
+    async def _reduce(self, group: Group, log: _RoundLog, clock: _FuseClock) -> Fused:
+        """In the network's thread: the all-reduce and the outer step; what is committed if all agree."""
+        clock.reduce_started, clock.is_reducing = time.monotonic(), True
+        spec = self.spec
+        outgoing = self._outgoing
+        if outgoing is None:
+            raise StateError("an all-reduce without a contribution: `fuse` ran without `_encode`")
+        rules = Rules(spec.aggregation, spec.screening, spec.exchange_limit_seconds)
+        try:
+            reduced = await self._allreduce.reduce(group, outgoing, rules, residuals=self._feedback.reduced)
+            state = await asyncio.to_thread(self._next_state, reduced.flat)
         finally:
             clock.is_reducing = False
-        state = await asyncio.to_thread(State.of, self._layout, reduced.flat.add_(self._state.flat))
         clock.reduce_ended = time.monotonic()
-        log.bytes_sent, log.bytes_received = reduced.bytes_sent, reduced.bytes_received
-        self._pending = state
+        log.traffic = reduced.traffic
+        self._hold(_Pending(state, reduced))
         self._reporter.fused(
             group.round,
             len(group.members),
             clock.reduce_ended - clock.reduce_started,
-            reduced.bytes_sent,
-            reduced.bytes_received,
+            reduced.traffic.num_bytes_sent,
+            reduced.traffic.num_bytes_received,
         )
-        return state.state_hash
+        return Fused(state.state_hash, reduced.contributions)
+
+    def _next_state(self, fused: torch.Tensor) -> State:
+        spec = self.spec
+        flat = outer_step(
+            spec.outer_optimizer,
+            self._state.flat,
+            fused,
+            lr=spec.outer_lr,
+            momentum=spec.outer_momentum,
+            out=fused if fused.numel() == self._state.flat.numel() else None,
+        )
+        return State.of(self._layout, flat)
+
+    def _hold(self, pending: _Pending) -> None:
+        """Keep the newest result, and the one that I signed: the others may still commit it."""
+        signed = self._agreement.locked_state_hash
+        self._pending = {h: held for h, held in self._pending.items() if h == signed}
+        self._pending[pending.state.state_hash] = pending
 
     def _after_reducing(self, clock: _FuseClock, on_progress: Progress) -> Progress:
         """Progress of a computation that stands still during the all-reduce: all others wait for that."""
@@ -416,25 +501,119 @@ class Session:
                     raise
                 self._stop.check()
                 self._check_daemon()
+                if self._is_rejected:
+                    return Overtaken()
+
+    # what is promised, and what is undone
+
+    async def _remember(self, promise: Promise) -> None:
+        self._num_promises += 1
+        await asyncio.to_thread(self._write_promise, promise, self._num_promises)
+
+    def _write_promise(self, promise: Promise, number: int) -> None:
+        """A caller that was cancelled has left its thread behind: an older promise must not come last."""
+        with self._promise_lock:
+            if number > self._last_promise:
+                write_text(self._dir / "promise.json", promise.canonical().decode())
+                self._last_promise = number
+
+    async def _obtain(self, state_hash: str, donors: tuple[str, ...]) -> bool:
+        """In the network's thread: a state that others computed, and that I am asked to sign."""
+        try:
+            state = await asyncio.to_thread(self._fetch, state_hash, donors)
+        except (NetworkError, StopRequested) as error:
+            logger.warning("a state to sign is not to be had: %s", error)
+            return False
+        self._hold(_Pending(state, None))
+        return True
+
+    def _convict(self, reducer: str, why: str, round_: int) -> None:
+        """In the network's thread: an audit has proven that a reducer lied in a round."""
+        self._reporter.warning(
+            f"peer {reducer[-8:]} is excluded from the run: it lied in round {round_}: {why}"
+        )
+        self._agreement.ban(reducer, why)
+        append_json_line(self._dir / "excluded.jsonl", {"peer": reducer, "round": round_, "why": why})
+        chain = self._agreement.chain
+        if chain.round == round_ and reducer in chain.commits[-1].commit.cohort and not chain.is_rolled_back:
+            self._rejected_tip = chain.tip
+
+    @property
+    def _is_rejected(self) -> bool:
+        """Whether I want the state that I am at undone."""
+        chain = self._agreement.chain
+        can_be_undone = chain.round < self.spec.num_rounds  # a roll-back is a round as well
+        return can_be_undone and self._rejected_tip != "" and self._rejected_tip == chain.tip
+
+    def _roll_back(self) -> None:
+        """Propose it, or follow whoever does so before me."""
+        self._in_network(self._agreement.set_phase("evaluating"))
+        self._stop.wait(random.SystemRandom().uniform(0.0, ROLLBACK_PAUSE_SECONDS))
+        if self._agreement.is_overtaken or isinstance(self._agreement.decide(), CatchUp):
+            self._catch_up()
+            return
+        limit = self.spec.exchange_limit_seconds
+        self._in_network(self._agreement.roll_back("a reducer lied"), seconds=limit)
+        self._catch_up()
 
     # after a commit
 
-    def _commit(self, committed: Committed, base: Evaluation, log: _RoundLog) -> None:
+    def _commit(self, committed: Committed, delta: torch.Tensor, base: Evaluation, log: _RoundLog) -> None:
         own = log.own
-        if self._pending is None or own is None:
+        pending = self._pending.get(self._agreement.chain.state_hash)
+        if pending is None or own is None:
             raise StateError("a commit without a result: `fuse` ran without `_reduce`")
         self._keep_task_model(own)
-        self._set_state(self._pending)
+        self._count_as_sent(delta, pending)
+        self._set_state(pending.state)
         self._in_network(self._agreement.set_phase("evaluating", entered_at=Network.now()))
         with log.timed("save"):
             self._save_checkpoint_if_entered()
             self._export_model()
+        self._unload()
+        self._network.submit(self._audit.audit(self.spec.audit_parts, random.SystemRandom()))
         try:
             self._evaluate_fused(log)
         finally:  # told to stop meanwhile: the round happened all the same
             self._tell_committed(committed, base, own, log)
+            self._outgoing = None
         if self._rounds_left is not None:
             self._rounds_left -= 1
+
+    def _keep_delta(self, delta: torch.Tensor) -> None:
+        """What no commit holds: the next finetuning starts with it, cut to the norm that others had."""
+        norm = float(torch.linalg.vector_norm(delta))
+        commits = [c.commit for c in self._agreement.chain.commits if c.commit.contributors]
+        others = [c.norm for c in commits[-1].contributors if c.norm > 0] if commits else []
+        if not math.isfinite(norm):
+            self._kept_delta = None
+            return
+        cap = statistics.median(others) if others else norm
+        self._kept_delta = delta * (cap / norm) if norm > cap else delta
+
+    def _count_as_sent(self, delta: torch.Tensor, pending: _Pending) -> None:
+        """What the commit holds of my delta is done; what compression cut off is kept for the next round."""
+        commit = self._agreement.chain.commits[-1].commit
+        mine = next((c for c in commit.contributors if c.peer == self._network.peer_id), None)
+        reduced, outgoing = pending.reduced, self._outgoing
+        if mine is None or outgoing is None:
+            self._keep_delta(delta)
+            return
+        residuals = {} if reduced is None else reduced.residuals
+        before = dict(self._feedback.reduced)
+        self._feedback.committed(delta, outgoing, mine.missing, residuals)
+        if reduced is not None:
+            self._audit.keep(
+                RoundRecord(
+                    round=commit.round,
+                    aggregation=self.spec.aggregation,
+                    screening=self.spec.screening,
+                    outgoing=outgoing,
+                    statements=reduced.statements,
+                    manifests=reduced.manifests,
+                    residuals_before=before,
+                )
+            )
 
     def _evaluate_fused(self, log: _RoundLog) -> None:
         with log.timed("evaluate_fused"), self._progress(log, "evaluating the fused backbone", 1.0) as bar:
@@ -455,8 +634,9 @@ class Session:
         self._reporter.committed(self._round, self._state.state_hash, num_peers, accuracy, metric_name)
 
     def _set_state(self, state: State) -> None:
-        self._previous, self._state, self._pending, self._base = self._state, state, None, None
-        self._learner.load_backbone(state.flat)
+        self._state, self._base = state, None
+        self._pending.clear()
+        self._learner.load_backbone(state.backbone)
 
     def _catch_up(self) -> None:
         found = self._in_network(self._agreement.better_chain(), seconds=60.0)
@@ -465,15 +645,15 @@ class Session:
             return
         chain, holders = found
         try:
-            state = self._download(chain, holders)
+            state = self._get_state(chain, holders)
         except NetworkError as error:
             logger.warning("%s; trying again", error)
             self._stop.wait(1.0)
             return
-        if any(
+        if chain.is_rolled_back or any(
             self._network.peer_id in signed.commit.cohort for signed in chain.commits[self._log.round - 1 :]
         ):
-            self._kept_delta = None  # my work of this round is in it already
+            self._kept_delta = None  # my work of this round is in it already, or started from what is undone
         self._set_state(state)
         self._in_network(self._adopt(chain))
         self._save_checkpoint_if_entered()
@@ -483,21 +663,27 @@ class Session:
         self._agreement.adopt(chain)
         await self._agreement.publish()
 
-    def _download(self, chain: Chain, donors: tuple[str, ...]) -> State:
+    def _get_state(self, chain: Chain, donors: tuple[str, ...]) -> State:
+        """The state of a chain: held here (a roll-back's often is), or downloaded."""
+        held = self._find_state(chain.state_hash)
+        if held is not None:
+            return held
         started = time.monotonic()
+        state = self._fetch(chain.state_hash, donors)
+        seconds = time.monotonic() - started
+        self._reporter.caught_up(chain.round, state.state_hash, seconds, state.manifest.layout.size_bytes)
+        return state
+
+    def _fetch(self, state_hash: str, donors: tuple[str, ...]) -> State:
         with self._reporter.progress("downloading the state", 1.0) as bar:
-            state = get_state(
+            return get_state(
                 self._network,
                 self.spec,
-                chain.state_hash,
+                state_hash,
                 donors,
                 lambda done, total: bar.update(done / total),
                 check=self._stop.check,
             )
-        self._reporter.caught_up(
-            chain.round, state.state_hash, time.monotonic() - started, state.manifest.layout.size_bytes
-        )
-        return state
 
     # keeping
 
@@ -514,6 +700,8 @@ class Session:
                 commits=commits,
                 head=self._learner.head_state(),
                 kept_delta=self._kept_delta,
+                residual=self._feedback.sent,
+                residuals=self._feedback.reduced_by_name(),
                 extra={"best_task_score": self._best_task_score},
             )
         )
@@ -521,6 +709,15 @@ class Session:
         if addresses:
             text = json.dumps(list(dict.fromkeys(addresses))[:MAX_KNOWN_ADDRESSES])
             write_text(self._dir / "known_peers.json", text)
+
+    def _unload(self) -> None:
+        """Read what the checkpoint holds from there when it is needed: finetuning needs the memory."""
+        flat = self._store.map_state(self._state.state_hash)
+        if flat is not None:
+            self._state = State(self._state.manifest, flat)
+        if self._feedback.sent is not None:
+            self._feedback.sent = self._store.map_residual()
+        release_freed_memory()
 
     def _keep_task_model(self, candidate: Evaluation | None) -> bool:
         """`task_model/` holds the best on the own held-out split so far; returns whether it is the candidate.
@@ -540,7 +737,7 @@ class Session:
         peers = sorted({peer for commit in commits for peer in commit.cohort})
 
         def write(directory: Path) -> None:
-            export_model(self._dir / "base", self._layout, self._state.flat, directory)
+            export_model(self._dir / "base", self._layout.backbone, self._state.backbone, directory)
             write_model_card(
                 directory,
                 base_model=self.spec.model,
@@ -558,22 +755,26 @@ class Session:
 
     def _write_round(self, committed: Committed, accuracy: Accuracy, log: _RoundLog) -> None:
         own = self._network.peer_id
-        weights = {c.peer: c.weight for c in committed.group.contributions}
+        commit = committed.chain.commits[-1].commit
+        weights = {c.peer: c.weight for c in commit.contributors}
         append_json_line(
             self._dir / "rounds.jsonl",
             {
                 "round": self._round,
                 "state_hash": self._state.state_hash,
-                "attempt": committed.group.attempt,
+                "attempt": commit.attempt,
                 "num_peers": len(weights),
                 "peers": list(weights),
-                "weight": weights[own],
+                "weight": weights.get(own, 0.0),
                 "metric": self._data.task.metric_name,
                 "accuracy": {"base": accuracy.base, "own": accuracy.own, "fused": accuracy.fused},
                 "num_examples": log.num_examples,
                 "seconds": log.seconds,
-                "bytes_sent": log.bytes_sent,
-                "bytes_received": log.bytes_received,
+                "bytes_sent": log.traffic.num_bytes_sent,
+                "bytes_received": log.traffic.num_bytes_received,
+                "audit": asdict(self._audit.traffic),
+                "partial": {c.peer: c.reason for c in commit.contributors if c.missing},
+                "excluded": {e.peer: e.reason for e in commit.excluded},
             },
         )
 
@@ -609,8 +810,19 @@ class Session:
         return self._reporter.progress(f"round {log.round}: {what}", total)
 
     def _find_state(self, state_hash: str) -> State | None:
-        held = (self._pending, self._previous, self._state if self._is_entered else None)
-        return next((state for state in held if state is not None and state.state_hash == state_hash), None)
+        """In memory, else in a checkpoint: the state before is on disk only."""
+        pending = self._pending.get(state_hash)
+        if pending is not None:
+            return pending.state
+        if not self._is_entered:
+            return None
+        if self._state.state_hash == state_hash:
+            return self._state
+        try:
+            flat = self._store.map_state(state_hash)
+        except OSError:  # a newer checkpoint is taking its place this moment
+            return None
+        return None if flat is None else State.of(self._layout, flat)
 
     def _in_network(self, coroutine: Any, *, seconds: float = SHORT_SECONDS) -> Any:
         return self._network.run(coroutine, timeout_seconds=seconds)
@@ -620,6 +832,14 @@ class Session:
             raise NetworkError(
                 "the p2p daemon has died; the checkpoint is kept: start again with the same --output-dir"
             )
+
+
+def _load_promise(path: Path) -> Promise | None:
+    """What this peer promised before it was killed; None when there is nothing to read."""
+    try:
+        return parse_record(parse_json(path.read_bytes()), Promise)
+    except (OSError, RecordError):
+        return None
 
 
 def _load_addresses(path: Path) -> tuple[str, ...]:

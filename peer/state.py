@@ -5,6 +5,8 @@
         backbone.safetensors       the state, one tensor per name; its data is the flat vector
         head.safetensors           this peer's own head; absent when there is none
         kept_delta.safetensors     a delta that no commit contains yet; absent when there is none
+        residual.safetensors       what compression cut off of the own deltas; absent when there is none
+        residuals.safetensors      the same of the results that this peer reduced, by part
         checkpoint.json            run, round, hashes, layout, commits, extra
     DIR/model/, DIR/task_model/    each replaced as a whole: `replace_directory`
     DIR/rounds.jsonl               appended line by line: `append_json_line`
@@ -31,12 +33,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from coordinator.errors import StateError
-from peer.layout import TensorLayout, make_manifest
+from peer.layout import TensorLayout, flat_bytes, make_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ _METADATA = "checkpoint.json"
 _BACKBONE = "backbone.safetensors"
 _HEAD = "head.safetensors"
 _KEPT_DELTA = "kept_delta.safetensors"
+_RESIDUAL = "residual.safetensors"
+_RESIDUALS = "residuals.safetensors"
 _MARKER = ".written-by-peer"  # in directories that `replace_directory` made and may replace
 
 
@@ -61,7 +66,9 @@ class Checkpoint:
     flat: torch.Tensor  # (layout.num_values,) float32 on the CPU, contiguous: the committed backbone
     commits: tuple[dict[str, Any], ...] = ()  # the chain of commit records, oldest first, as JSON
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by name; empty when there is none
-    kept_delta: torch.Tensor | None = None  # (layout.num_values,) float32: own delta not in any commit
+    kept_delta: torch.Tensor | None = None  # (layout.backbone.num_values,) float32: own, not in any commit
+    residual: torch.Tensor | None = None  # (layout.backbone.num_values,) float32: error feedback as a sender
+    residuals: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the same as a reducer, by part
     extra: Mapping[str, Any] = field(default_factory=dict)  # whatever else the session keeps, as JSON
 
 
@@ -123,6 +130,25 @@ class CheckpointStore:
             except _BrokenCheckpointError as error:
                 self._broken.add(name)
                 logger.warning("checkpoint %s is broken and skipped: %s", self._root / name, error)
+
+    def map_state(self, state_hash: str) -> torch.Tensor | None:
+        """The state of a kept checkpoint as a mapped file: it takes no memory until it is read.
+
+        (layout.num_values,) float32; None when no kept checkpoint holds that state. Never write to it.
+        """
+        for name in reversed(self._names()):
+            try:
+                metadata = _read_metadata(self._root / name)
+            except _BrokenCheckpointError:
+                continue
+            if metadata["state_hash"] == state_hash and name not in self._broken:
+                return _map_vector(self._root / name / _BACKBONE)
+        return None
+
+    def map_residual(self) -> torch.Tensor | None:
+        """The same of the newest checkpoint's residual; None when it has none."""
+        path = self._root / self._names()[-1] / _RESIDUAL
+        return _map_vector(path) if path.exists() else None
 
     def close(self) -> None:
         """Gives the directory back to other processes. May be called twice."""
@@ -421,36 +447,78 @@ class _BrokenCheckpointError(Exception):
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     layout = checkpoint.layout
-    for name, vector in (("flat", checkpoint.flat), ("kept_delta", checkpoint.kept_delta)):
-        if vector is not None and vector.shape != (layout.num_values,):
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}, the layout {layout.num_values} values")
-    delta = checkpoint.kept_delta
+    _require_size("flat", checkpoint.flat, layout)
+    for name, vector in (("kept_delta", checkpoint.kept_delta), ("residual", checkpoint.residual)):
+        if vector is not None:
+            _require_size(name, vector, layout.backbone)
     return {
         "format": FORMAT_VERSION,
         "run_digest": checkpoint.run_digest,
         "round": checkpoint.round,
         "state_hash": make_manifest(layout, checkpoint.flat).state_hash,
-        "kept_delta_hash": None if delta is None else make_manifest(layout, delta).state_hash,
+        "kept_delta_hash": _hash_of(layout.backbone, checkpoint.kept_delta),
+        "residual_hash": _hash_of(layout.backbone, checkpoint.residual),
         "layout": layout.to_json(),
         "commits": list(checkpoint.commits),
         "extra": dict(checkpoint.extra),
     }
 
 
+def _hash_of(layout: TensorLayout, vector: torch.Tensor | None) -> str | None:
+    return None if vector is None else make_manifest(layout, vector).state_hash
+
+
+def _require_size(name: str, vector: torch.Tensor, layout: TensorLayout) -> None:
+    if vector.shape != (layout.num_values,):
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}, the layout {layout.num_values} values")
+
+
 def _write_checkpoint(directory: Path, checkpoint: Checkpoint, metadata: dict[str, Any]) -> None:
     layout = checkpoint.layout
-    save_file(layout.unflatten(checkpoint.flat.detach()), directory / _BACKBONE)
-    if checkpoint.kept_delta is not None:
-        save_file(layout.unflatten(checkpoint.kept_delta.detach()), directory / _KEPT_DELTA)
-    head_sha256 = None
-    if checkpoint.head:
-        # Cloned, because tied or strided tensors are refused; a head is small.
-        head = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.head.items()}
-        save_file(head, directory / _HEAD)
-        head_sha256 = hashlib.sha256((directory / _HEAD).read_bytes()).hexdigest()
-    text = json.dumps({**metadata, "head_sha256": head_sha256}, indent=1)
+    _write_vector(directory / _BACKBONE, layout, checkpoint.flat)
+    for name, vector in ((_KEPT_DELTA, checkpoint.kept_delta), (_RESIDUAL, checkpoint.residual)):
+        if vector is not None:
+            _write_vector(directory / name, layout.backbone, vector)
+    residuals = {name: tensor.contiguous() for name, tensor in checkpoint.residuals.items()}
+    # Cloned, because tied or strided tensors are refused; a head is small.
+    head = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.head.items()}
+    hashes = {
+        "head_sha256": _write_tensors(directory / _HEAD, head),
+        "residuals_sha256": _write_tensors(directory / _RESIDUALS, residuals),
+    }
+    text = json.dumps({**metadata, **hashes}, indent=1)
     (directory / _METADATA).write_text(text + "\n", encoding="utf-8")
     _fsync_tree(directory)
+
+
+def _write_vector(path: Path, layout: TensorLayout, flat: torch.Tensor) -> None:
+    """A safetensors file whose data is the flat vector, without the copy that the library makes of it."""
+    header, start = {}, 0
+    for name, view in layout.unflatten(flat.detach()).items():
+        stop = start + 4 * view.numel()
+        header[name] = {"dtype": "F32", "shape": list(view.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    with path.open("wb", buffering=0) as file:
+        _write_all(file.fileno(), len(text).to_bytes(8, "little") + text)
+        _write_all(file.fileno(), flat_bytes(flat))
+
+
+def _map_vector(path: Path) -> torch.Tensor:
+    with path.open("rb") as file:
+        offset = 8 + int.from_bytes(file.read(8), "little")
+    # Copy on write: torch wants a writable array, and nothing that is written would reach the file.
+    return torch.from_numpy(np.memmap(path, dtype="<f4", mode="c", offset=offset))
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Returns the file's sha256; None, and no file, when there are no tensors."""
+    if not tensors:
+        return None
+    save_file(dict(tensors), path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_metadata(directory: Path) -> dict[str, Any]:
@@ -478,9 +546,12 @@ def _read_checkpoint(directory: Path) -> Checkpoint:
     try:
         layout = TensorLayout.from_json(metadata.get("layout"))
         flat = _read_vector(directory / _BACKBONE, layout, metadata["state_hash"])
-        delta_hash = metadata.get("kept_delta_hash")
-        kept_delta = None if delta_hash is None else _read_vector(directory / _KEPT_DELTA, layout, delta_hash)
-        head = _read_head(directory / _HEAD, metadata.get("head_sha256"))
+        kept_delta, residual = (
+            _read_optional(directory / name, layout.backbone, metadata.get(key))
+            for name, key in ((_KEPT_DELTA, "kept_delta_hash"), (_RESIDUAL, "residual_hash"))
+        )
+        head = _read_tensors(directory / _HEAD, metadata.get("head_sha256"))
+        residuals = _read_tensors(directory / _RESIDUALS, metadata.get("residuals_sha256"))
     except PermissionError as error:
         raise StateError(f"cannot read {directory}: {error}; fix its permissions") from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -493,8 +564,14 @@ def _read_checkpoint(directory: Path) -> Checkpoint:
         commits=tuple(metadata["commits"]),
         head=head,
         kept_delta=kept_delta,
+        residual=residual,
+        residuals=residuals,
         extra=metadata["extra"],
     )
+
+
+def _read_optional(path: Path, layout: TensorLayout, expected_hash: str | None) -> torch.Tensor | None:
+    return None if expected_hash is None else _read_vector(path, layout, expected_hash)
 
 
 def _read_vector(path: Path, layout: TensorLayout, expected_hash: str) -> torch.Tensor:
@@ -514,11 +591,12 @@ def _read_vector(path: Path, layout: TensorLayout, expected_hash: str) -> torch.
     return flat
 
 
-def _read_head(path: Path, expected_sha256: str | None) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, expected_sha256: str | None) -> dict[str, torch.Tensor]:
     if expected_sha256 is None:
         return {}
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected_sha256:
-        raise _BrokenCheckpointError(f"the hash of {path.name} does not fit")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected_sha256:
+            raise _BrokenCheckpointError(f"the hash of {path.name} does not fit")
     return {name: tensor.clone() for name, tensor in load_file(path).items()}  # off the mapped file
 
 
@@ -566,9 +644,10 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
 
 
 def _cannot_write(path: Path, error: Exception) -> StateError:

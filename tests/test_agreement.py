@@ -15,14 +15,24 @@ from typing import Any
 
 import pytest
 
-from coordinator import agreement as agreement_module
-from coordinator.agreement import Agreement, Committed, Group, GroupFailed, LeftAlone, Overtaken, Reduce
+from coordinator import chain_exchange, pace
+from coordinator.agreement import (
+    Agreement,
+    Committed,
+    Fused,
+    Group,
+    GroupFailed,
+    LeftAlone,
+    Overtaken,
+    Reduce,
+)
+from coordinator.ballot import Ballot
 from coordinator.board import BoardValidator
-from coordinator.chain import Chain, build_chain, verify_commit
+from coordinator.chain import Chain, build_chain
 from coordinator.errors import RoundError
 from coordinator.identity import load_identity
 from coordinator.network import Network, PeerUnreachable
-from coordinator.records import Commit, Contribution, Proposal, sign, signature_text
+from coordinator.records import Acceptance, Commit, Promise, Proposal, sign, signature_text
 from coordinator.rounds import CatchUp, Fuse
 from coordinator.spec import RunSpec
 from tests.fakes import (
@@ -76,9 +86,22 @@ class Peer:
         self.run(adopt())
 
 
-async def same_state(group: Group) -> str:
+async def same_state(group: Group) -> Fused:
     """Of an all-reduce that succeeds: the hash follows from the group."""
-    return hashlib.sha256(group.group_id).hexdigest()
+    return fused(group, hashlib.sha256(group.group_id).hexdigest())
+
+
+def fused(group: Group, state_hash: str) -> Fused:
+    """The first contribution has the norm 1, lost half of it to the rule; its parts 2 and 3 are missing."""
+    first, *rest = group.contributions
+    changed = first.model_copy(update={"norm": 1.0, "factor": 0.5, "missing": ((2, 4),)})
+    return Fused(state_hash, (changed, *rest))
+
+
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For silent leaders and missing votes; on loopback an answer takes 0.02 s."""
+    monkeypatch.setattr(pace, "UNMEASURED_SECONDS", 1.0)
+    monkeypatch.setattr(pace, "MIN_VOTE_SECONDS", 1.5)
 
 
 @contextmanager
@@ -141,6 +164,9 @@ def test_three_rounds_by_all(tmp_path: Path) -> None:
             }
             for member in members:
                 assert len(member.agreement.chain.commits[-1].signatures) >= 3
+            first, second, *_ = commit.contributors
+            assert (first.norm, first.factor, first.missing) == (1.0, 0.5, ((2, 4),))
+            assert (second.norm, second.factor, second.missing) == (0.0, 1.0, ())
 
 
 def test_examples_weigh_and_a_peer_without_any_does_not_stop_the_round(tmp_path: Path) -> None:
@@ -183,7 +209,7 @@ def test_a_member_that_refuses_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_silent_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement_module, "LEADER_TIMEOUT_SECONDS", 1.0)
+    short_waits(monkeypatch)
     with swarm(4, tmp_path) as members:
         for member in members:
             member.get_ready()
@@ -198,7 +224,7 @@ def test_a_silent_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: py
 
 
 def test_a_dead_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement_module, "LEADER_TIMEOUT_SECONDS", 1.0)
+    short_waits(monkeypatch)
     with swarm(4, tmp_path) as members:
         for member in members:
             member.get_ready()
@@ -212,10 +238,10 @@ def test_a_dead_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: pyte
 
 
 def test_one_differing_state_is_outvoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement_module, "VOTE_TIMEOUT_SECONDS", 3.0)
+    short_waits(monkeypatch)
 
-    async def other_state(_group: Group) -> str:
-        return hash_of("something else")
+    async def other_state(group: Group) -> Fused:
+        return fused(group, hash_of("something else"))
 
     with swarm(3, tmp_path) as members:
         for member in members:
@@ -235,16 +261,18 @@ def test_without_a_majority_for_one_state_nothing_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two states, two signatures each, of four: not the first to come wins. The next attempt agrees."""
-    monkeypatch.setattr(agreement_module, "VOTE_TIMEOUT_SECONDS", 1.5)
+    short_waits(monkeypatch)
     attempts: list[int] = []
     with swarm(4, tmp_path) as members:
         for member in members:
             member.get_ready()
 
         def reduce_of(index: int) -> Reduce:
-            async def reduce(group: Group) -> str:
+            async def reduce(group: Group) -> Fused:
                 attempts.append(group.attempt)
-                return hash_of(f"state {index % 2}") if group.attempt == 0 else await same_state(group)
+                if group.attempt == 0:
+                    return fused(group, hash_of(f"state {index % 2}"))
+                return await same_state(group)
 
             return reduce
 
@@ -262,13 +290,13 @@ def test_without_a_majority_for_one_state_nothing_is_committed(
 def test_who_fails_an_attempt_is_left_out_of_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement_module, "LEADER_TIMEOUT_SECONDS", 1.0)
+    short_waits(monkeypatch)
     with swarm(4, tmp_path) as members:
         for member in members:
             member.get_ready()
         liar = members[2]
 
-        async def reduce(group: Group) -> str:
+        async def reduce(group: Group) -> Fused:
             if liar.peer_id in group.members:
                 raise GroupFailed(liar.peer_id, "sent values that are not finite")
             return await same_state(group)
@@ -285,7 +313,7 @@ def test_an_attempt_that_breaks_off_is_tried_again_by_all(tmp_path: Path) -> Non
         for member in members:
             member.get_ready()
 
-        async def reduce(group: Group) -> str:
+        async def reduce(group: Group) -> Fused:
             if group.attempt == 0:
                 raise RoundError("the exchange ended early")
             return await same_state(group)
@@ -305,7 +333,7 @@ def test_a_member_that_hangs_in_the_all_reduce_joins_the_next_attempt(tmp_path: 
         hanging = next(m for m in members if m is not leader_of(members, 1))
 
         def reduce_of(member: Peer) -> Reduce:
-            async def reduce(group: Group) -> str:
+            async def reduce(group: Group) -> Fused:
                 if group.attempt == 0 and member is hanging:
                     hangs.set()
                     try:
@@ -346,7 +374,7 @@ def test_a_newcomer_catches_up_from_the_longest_verified_chain(tmp_path: Path) -
 
 
 def test_a_long_chain_comes_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement_module, "MAX_CHAIN_REPLY_COMMITS", 2)
+    monkeypatch.setattr(chain_exchange, "MAX_CHAIN_REPLY_COMMITS", 2)
     with swarm(2, tmp_path) as [ahead, newcomer]:
         chain = newcomer.agreement.chain
         for _ in range(5):
@@ -429,6 +457,10 @@ def make_proposal(group: list[Peer], **changes: Any) -> Proposal:
     return Proposal.model_validate({**values, **changes})
 
 
+def acceptance_of(proposal: Proposal, member: Peer) -> dict[str, str]:
+    return sign(Acceptance(run=proposal.run, proposal=proposal.hash), member.identity).to_json()
+
+
 def test_what_a_member_refuses(tmp_path: Path) -> None:
     with swarm(3, tmp_path) as members:
         me, leader, third = members
@@ -464,29 +496,35 @@ def test_what_a_member_refuses(tmp_path: Path) -> None:
         assert leader.call(me, "propose", None)["accept"] is False
 
         first = make_proposal(members)
-        assert ask(first) == {"accept": True}
+        assert ask(first)["accept"] is True
         assert "another proposal of attempt 0" in ask(make_proposal(members, proposed_at=now - 1.0))["why"]
         second = make_proposal(members, attempt=1)
-        assert ask(second) == {"accept": True}
+        assert ask(second)["accept"] is True
         assert ask(first)["accept"] is False  # a lower ballot
         assert ask(first)["attempt"] == 1
 
         everyone = [member.peer_id for member in members]
+        acceptances = [acceptance_of(second, member) for member in members]
+        good = {"proposal": second.hash, "members": everyone, "acceptances": acceptances, "lock": None}
+        stranger = {**good, "members": [*everyone[:2], peer("x")]}
         for sender, body in [
-            (leader, {"proposal": first.hash, "members": everyone}),  # no longer the accepted one
-            (third, {"proposal": second.hash, "members": everyone}),  # not by who proposed it
-            (leader, {"proposal": second.hash, "members": everyone[1:]}),  # without me
-            (leader, {"proposal": second.hash, "members": [me.peer_id, leader.peer_id, peer("x")]}),
-            (leader, {"proposal": second.hash, "members": [*everyone, third.peer_id]}),
-            (leader, {"proposal": second.hash, "members": [[me.peer_id]]}),
+            (leader, {**good, "proposal": first.hash}),  # no longer the accepted one
+            (third, good),  # not by who proposed it
+            (leader, {**good, "members": everyone[1:], "acceptances": acceptances[1:]}),  # without me
+            (leader, stranger),
+            (leader, {**good, "members": everyone[:2]}),
+            (leader, {**good, "acceptances": [acceptance_of(first, m) for m in members]}),
+            (leader, {**good, "acceptances": acceptances[:1], "members": everyone[:1]}),  # no majority
+            (leader, {**good, "members": [*everyone, third.peer_id]}),
+            (leader, {**good, "members": [[me.peer_id]]}),
             (leader, {"proposal": second.hash}),
             (leader, None),
         ]:
             with pytest.raises(PeerUnreachable):
                 sender.call(me, "begin", body)
         assert me.agreement._begun is None
-        assert leader.call(me, "begin", {"proposal": second.hash, "members": everyone}) == {}
-        begun: Group | None = me.agreement._begun
+        assert leader.call(me, "begin", good) == {}
+        begun: Ballot | None = me.agreement._begun
         assert begun is not None
         assert begun.members == tuple(everyone)
 
@@ -497,56 +535,60 @@ def test_a_begin_that_comes_late_does_not_start_the_next_fuse(tmp_path: Path) ->
         for member in members:
             member.get_ready()
         proposal = make_proposal(members)
-        body = {"proposal": proposal.hash, "members": [member.peer_id for member in members]}
-        assert leader.call(me, "propose", sign(proposal, leader.identity).to_json()) == {"accept": True}
+        body = {
+            "proposal": proposal.hash,
+            "members": [member.peer_id for member in members],
+            "acceptances": [acceptance_of(proposal, member) for member in members],
+            "lock": None,
+        }
+        assert leader.call(me, "propose", sign(proposal, leader.identity).to_json())["accept"] is True
         me.run(me.agreement.set_phase("finetuning"))
         with pytest.raises(PeerUnreachable):
             leader.call(me, "begin", body)
         assert me.agreement._begun is None
 
 
-def test_votes_are_bounded_and_forged_ones_do_not_count(
+def test_forged_votes_do_not_count_and_a_failed_round_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement_module, "VOTE_TIMEOUT_SECONDS", 0.5)
-    with swarm(3, tmp_path) as [me, other, third]:
-        group = Group(
-            round=1,
-            attempt=0,
-            members=(me.peer_id, other.peer_id, third.peer_id),
-            contributions=tuple(
-                Contribution(peer=member.peer_id, num_examples=100, weight=1.0)
-                for member in (me, other, third)
-            ),
-            electorate=(me.peer_id, other.peer_id, third.peer_id),
-            proposed_at=Network.now(),
-            group_id=b"",
-        )
-        run = me.agreement.chain.spec.digest
-        for number in range(20):
-            other.call(me, "vote", {"run": run, "commit": hash_of(str(number)), "signature": "x"})
-        assert sum(other.peer_id in votes for votes in me.agreement._votes.values()) == 8
-        before = me.agreement.chain
-        computed = Commit(
-            run=run,
-            round=1,
-            attempt=0,
-            previous=before.tip,
-            state_hash=hash_of("mine"),
-            contributors=list(group.contributions),
-            electorate=list(group.electorate),
-            committed_at=group.proposed_at,
-        )
-        forged = {"run": run, "commit": computed.hash, "signature": signature_text(computed, identity("x"))}
-        other.call(me, "vote", forged)
-        third.call(me, "vote", forged)
-        with pytest.raises(RoundError, match="1 of 3 signed"):
-            me.run(me.agreement._commit(group, hash_of("mine")))
-        genuine = {**forged, "signature": signature_text(computed, third.identity)}
-        third.call(me, "vote", genuine)
-        chain = me.run(me.agreement._commit(group, hash_of("mine")))
-        verify_commit(chain.commits[0], before)
-        assert set(chain.commits[0].signatures) == {me.peer_id, third.peer_id}
+    short_waits(monkeypatch)
+    with swarm(3, tmp_path) as members:
+        me, other, third = members
+        for member in members:
+            member.get_ready()
+
+        async def lonely(group: Group) -> Fused:
+            """The others compute nothing in the first attempt, and forge each other's votes."""
+            if group.attempt > 0:
+                return await same_state(group)
+            commit = Commit.model_validate(
+                {
+                    "run": me.agreement.chain.spec.digest,
+                    "round": 1,
+                    "attempt": 0,
+                    "previous": me.agreement.chain.tip,
+                    "state_hash": hash_of("mine"),
+                    "contributors": [c.model_dump() for c in group.contributions],
+                    "electorate": list(group.electorate),
+                    "committed_at": group.proposed_at,
+                }
+            )
+            for sender in (other, third):
+                signature = signature_text(commit, identity("x"))
+                body = {"run": commit.run, "commit": commit.digest, "signature": signature}
+                await sender.network.call(me.peer_id, "vote", body, timeout_seconds=CALL_SECONDS)
+            return Fused(commit.state_hash, group.contributions)
+
+        async def broken(group: Group) -> Fused:
+            if group.attempt == 0:
+                raise RoundError("the exchange ended early")
+            return await same_state(group)
+
+        futures = [me.fuse(lonely), other.fuse(broken), third.fuse(broken)]
+        committed = [outcome for outcome in outcomes(futures) if isinstance(outcome, Committed)]
+        assert committed
+        assert all(outcome.group.attempt > 0 for outcome in committed)
+        assert all(outcome.chain.state_hash != hash_of("mine") for outcome in committed)
 
 
 def test_goodbye_is_heard_at_once(tmp_path: Path) -> None:
@@ -561,5 +603,212 @@ def test_the_board_brings_peers_together_that_never_spoke(tmp_path: Path) -> Non
         fresh = Agreement(members[2].network, members[2].identity, members[2].agreement.chain)
         deadline = time.monotonic() + CALL_SECONDS
         while len(fresh.live()) < 2 and time.monotonic() < deadline:
-            members[2].run(fresh._board.read_into(fresh.membership))
+            members[2].run(fresh._presence.read_board())
         assert {m.peer_id for m in fresh.live()} == {members[0].peer_id, members[1].peer_id}
+
+
+def test_a_promise_is_remembered_before_anything_leaves(tmp_path: Path) -> None:
+    """Each member stores its acceptance, and the commit that it signs, in this order."""
+    stored: list[Promise] = []
+
+    async def remember(promise: Promise) -> None:
+        stored.append(promise)
+
+    with swarm(2, tmp_path) as members:
+        me = members[0]
+        me.agreement._remember = remember
+        for member in members:
+            member.get_ready()
+        [outcome, _] = outcomes([member.fuse(same_state) for member in members])
+        assert isinstance(outcome, Committed)
+        accepted, *_, signed = stored
+        assert (accepted.attempt, accepted.lock) == (0, None)
+        assert signed.lock is not None
+        assert signed.lock.hash == outcome.chain.tip
+
+        async def fails(_promise: Promise) -> None:
+            raise RoundError("the disk is full")
+
+        me.agreement._remember = fails
+        for member in members:
+            member.get_ready()
+        proposal = make_proposal([members[1], me])
+        with pytest.raises(PeerUnreachable):
+            members[1].call(me, "propose", sign(proposal, members[1].identity).to_json())
+
+
+def test_a_value_that_may_be_committed_is_signed_again_by_those_who_lack_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four signed in attempt 0, and the fourth is gone: it may have had a majority."""
+    short_waits(monkeypatch)
+    obtained: list[tuple[str, tuple[str, ...]]] = []
+
+    async def obtain(state_hash: str, donors: tuple[str, ...]) -> bool:
+        obtained.append((state_hash, donors))
+        return True
+
+    with swarm(4, tmp_path) as members:
+        *here, gone = members
+        for member in members:
+            member.get_ready()
+            member.agreement._obtain = obtain
+        group_of_all = make_proposal(members)
+        first = Commit.model_validate(
+            {
+                "run": group_of_all.run,
+                "round": 1,
+                "attempt": 0,
+                "previous": group_of_all.previous,
+                "state_hash": hash_of("attempt 0"),
+                "contributors": [
+                    {"peer": member.peer_id, "num_examples": 100, "weight": 1.0} for member in members
+                ],
+                "electorate": group_of_all.electorate,
+                "committed_at": group_of_all.proposed_at,
+            }
+        )
+        for member in here[:2]:
+            promise = Promise(
+                run=first.run,
+                round=1,
+                previous=first.previous,
+                attempt=0,
+                proposal=group_of_all.hash,
+                lock=first,
+                signs_until=Network.now() + 60.0,
+                lock_until=Network.now() + 60.0,
+            )
+            member.agreement._voter.promise = promise
+            member.agreement._holds = lambda state: state == first.state_hash
+        gone.network.close()
+        for outcome in outcomes([member.fuse(same_state) for member in here]):
+            assert isinstance(outcome, Committed)
+            assert outcome.chain.tip == first.hash  # the value of attempt 0
+            assert outcome.chain.commits[0].commit.attempt > 0  # signed in a later one
+            assert set(outcome.group.members) == {member.peer_id for member in members}
+        holders = {member.peer_id for member in here[:2]}
+        assert [(state, set(donors)) for state, donors in obtained] == [(first.state_hash, holders)]
+
+
+def test_a_roll_back_is_committed_by_those_who_want_it(tmp_path: Path) -> None:
+    with swarm(3, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        outcomes([member.fuse(same_state) for member in members])
+        chain = assert_one_chain(members, 1)
+        for member in members:
+            member.run(member.agreement.set_phase("finetuning"))
+        see_each_other(members)
+        assert members[0].run(members[0].agreement.roll_back("worse")) is None  # nobody agrees
+        for member in members[:2]:
+            member.agreement._wants_rollback = chain.tip.__eq__
+        committed = members[0].run(members[0].agreement.roll_back("worse"))
+        assert isinstance(committed, Committed)
+        assert (committed.kind, committed.group.members) == ("rollback", ())
+        back = committed.chain
+        assert (back.round, back.state_hash, back.cohort) == (2, chain.spec.backbone_hash, chain.cohort)
+        assert back.commits[-1].commit.reason == "worse"
+        assert members[0].agreement.chain == chain  # until its state is here
+        assert isinstance(members[0].agreement.decide(), CatchUp)
+        deadline = time.monotonic() + CALL_SECONDS
+        while not members[1].agreement.is_overtaken and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = members[1].run(members[1].agreement.better_chain())
+        assert found is not None
+        assert found[0].tip == back.tip
+        assert found[1]  # the state before is at those who were there
+        for member in members[:2]:
+            member.adopt(back)
+        see_each_other(members)
+        found = members[2].run(members[2].agreement.better_chain())  # who did not agree follows all the same
+        assert found is not None
+        assert found[0] == back
+
+
+def test_a_roll_back_ends_a_running_fusion(tmp_path: Path) -> None:
+    """Two are ready, the third finetunes; `fuse` returns the roll-back, and the delta is worthless."""
+    with swarm(3, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        outcomes([member.fuse(same_state) for member in members])
+        tip = assert_one_chain(members, 1).tip
+        for member in members:
+            member.agreement._wants_rollback = tip.__eq__
+            member.run(member.agreement.set_phase("finetuning"))
+        see_each_other(members)
+        ready = members[:2]
+        for member in ready:
+            member.get_ready()
+        futures = [member.fuse(same_state) for member in ready]
+        third = members[2]
+        committed = third.run(third.agreement.roll_back("worse"))
+        assert isinstance(committed, Committed)
+        for outcome in outcomes(futures):
+            assert isinstance(outcome, Committed | Overtaken)
+            if isinstance(outcome, Committed):
+                assert outcome.kind == "rollback"
+                assert outcome.chain.tip == committed.chain.tip
+
+
+def test_a_proven_culprit_is_named_in_the_commit_and_cannot_come_back_within_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    short_waits(monkeypatch)
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        *honest, liar = members
+
+        async def reduce(group: Group) -> Fused:
+            if liar.peer_id in group.members:
+                raise GroupFailed(liar.peer_id, "sent values that are not finite", is_proven=True)
+            for member in honest:
+                await liar.network.call(
+                    member.peer_id, "heartbeat", envelope(liar), timeout_seconds=CALL_SECONDS
+                )
+            return await same_state(group)
+
+        for outcome in outcomes([member.fuse(reduce) for member in honest]):
+            assert isinstance(outcome, Committed)
+            assert [(e.peer, e.reason) for e in outcome.group.excluded] == [
+                (liar.peer_id, "sent values that are not finite")
+            ]
+        commit = assert_one_chain(honest, 1).commits[0].commit
+        assert [e.peer for e in commit.excluded] == [liar.peer_id]
+        assert liar.peer_id not in commit.cohort
+        named = [r for r in caplog.records if f"{liar.peer_id[-8:]} is left out" in r.getMessage()]
+        assert len(named) >= len(honest)
+
+
+def test_who_is_banned_is_in_no_group_and_not_counted(tmp_path: Path) -> None:
+    with swarm(3, tmp_path) as members:
+        *honest, liar = members
+        for member in honest:
+            member.agreement.ban(liar.peer_id, "lied as a reducer")
+        for member in members:
+            member.get_ready()
+        for outcome in outcomes([member.fuse(same_state) for member in honest]):
+            assert isinstance(outcome, Committed)
+            assert set(outcome.group.electorate) == {member.peer_id for member in honest}
+        assert liar.peer_id not in assert_one_chain(honest, 1).cohort
+
+
+def test_who_waits_resigns_its_vote_but_not_after_it_has_signed(tmp_path: Path) -> None:
+    with swarm(3, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        outcomes([member.fuse(same_state) for member in members])
+        tip = assert_one_chain(members, 1).tip
+        first, second, third = members
+        first.run(first.agreement.set_phase("waiting"))
+        assert first.agreement._heartbeat().resigned == tip
+        assert second.agreement._roster.absent(second.agreement.chain) == {first.peer_id}
+        first.run(first.agreement.set_phase("finetuning"))
+        assert first.agreement._heartbeat().resigned == tip  # for the rest of the round
+        lock = second.agreement.chain.commits[0].commit
+        signed = third.agreement._voter.promise.model_copy(update={"lock": lock})
+        third.agreement._voter.promise = signed
+        third.run(third.agreement.leave())
+        assert third.agreement._heartbeat().resigned == ""
+        assert second.agreement._roster.absent(second.agreement.chain) == {first.peer_id}

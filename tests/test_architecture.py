@@ -21,11 +21,14 @@ COMMANDS = {
     *("coordinator.cli", "coordinator.start", "coordinator.monitor"),
     *("peer.cli", "peer.join", "peer.doctor"),
 }
-MAY_IMPORT_HIVEMIND = {"coordinator.network", "coordinator.board", "peer.allreduce"}
-MAY_SUBCLASS_AVERAGING = {"peer.allreduce"}
-NETWORK_MODULES = {"coordinator.network", "coordinator.board", "peer.allreduce"}
+MAY_IMPORT_HIVEMIND = {f"coordinator.{name}" for name in ("network", "board", "guard", "streams")}
+NETWORK_MODULES = {*MAY_IMPORT_HIVEMIND, "peer.allreduce", "peer.audit"}
 TRAINING_MODULES = {"peer.data", "peer.tables", "peer.tasks", "peer.model", "peer.finetune", "peer.evaluate"}
-TENSOR_MODULES = {"peer.layout", "peer.state", "peer.allreduce"}  # they see tensors, not models
+FUSION_MODULES = {
+    *("peer.aggregate", "peer.compression", "peer.feedback", "peer.fusion", "peer.manifest"),
+    *("peer.outer", "peer.parts", "peer.reduction"),
+}
+TENSOR_MODULES = {"peer.layout", "peer.state", "peer.allreduce", "peer.audit", *FUSION_MODULES}  # not models
 PICKLES = {
     "pickle",
     "_pickle",
@@ -136,12 +139,11 @@ def hivemind_is_wrapped(modules: Modules) -> Iterator[str]:
                 yield f"{module.name} imports {name}"
 
 
-def averaging_is_subclassed_in_one_place(modules: Modules) -> Iterator[str]:
+def averaging_is_our_own(modules: Modules) -> Iterator[str]:
     for module in members(modules, *PRODUCT):
-        if module.name not in MAY_SUBCLASS_AVERAGING:
-            names = ("AllReduceRunner", "DecentralizedAverager", "TensorPartContainer", "TensorPartReducer")
-            for name in imports_any(module, "hivemind.averaging", *(f"hivemind.{name}" for name in names)):
-                yield f"{module.name} imports {name}"
+        names = ("averaging", "AllReduceRunner", "DecentralizedAverager", "TensorPartContainer")
+        for name in imports_any(module, *(f"hivemind.{name}" for name in names)):
+            yield f"{module.name} imports {name}"
 
 
 def only_commands_parse_flags(modules: Modules) -> Iterator[str]:
@@ -160,7 +162,7 @@ def libraries_do_not_import_commands(modules: Modules) -> Iterator[str]:
 
 def training_knows_no_network(modules: Modules) -> Iterator[str]:
     for module in modules.values():
-        if module.name in TRAINING_MODULES:
+        if module.name in TRAINING_MODULES | FUSION_MODULES:
             for name in imports_any(module, *NETWORK_MODULES):
                 yield f"{module.name} imports {name}"
 
@@ -233,7 +235,7 @@ RULES: tuple[Rule, ...] = (
     arrows_point_down,
     coordinator_has_no_torch,
     hivemind_is_wrapped,
-    averaging_is_subclassed_in_one_place,
+    averaging_is_our_own,
     only_commands_parse_flags,
     libraries_do_not_import_commands,
     training_knows_no_network,
@@ -263,16 +265,14 @@ BREAKS: list[tuple[Rule, dict[str, str]]] = [
     (coordinator_has_no_torch, {"coordinator.spec": "import torch.nn"}),
     (coordinator_has_no_torch, {"coordinator.spec": "if TYPE_CHECKING:\n    from torch import Tensor"}),
     (hivemind_is_wrapped, {"peer.session": "from hivemind.p2p import P2P"}),
-    (averaging_is_subclassed_in_one_place, {"coordinator.network": "import hivemind.averaging.allreduce"}),
-    (averaging_is_subclassed_in_one_place, {"coordinator.board": "from hivemind import averaging"}),
-    (
-        averaging_is_subclassed_in_one_place,
-        {"coordinator.board": "from hivemind import DecentralizedAverager"},
-    ),
+    (averaging_is_our_own, {"coordinator.network": "import hivemind.averaging.allreduce"}),
+    (averaging_is_our_own, {"coordinator.board": "from hivemind import averaging"}),
+    (averaging_is_our_own, {"coordinator.board": "from hivemind import DecentralizedAverager"}),
     (only_commands_parse_flags, {"peer.config": "from argparse import ArgumentParser"}),
     (libraries_do_not_import_commands, {"peer.session": "from peer.join import main"}),
     (libraries_do_not_import_commands, {"peer.session": "from peer import join"}),
     (training_knows_no_network, {"peer.finetune": "from coordinator import network"}),
+    (training_knows_no_network, {"peer.reduction": "import peer.allreduce"}),
     (tensors_know_no_models, {"peer.state": "from peer.model import export_model"}),
     (tensors_know_no_models, {"peer.allreduce": "import transformers"}),
     (nothing_is_unpickled_or_run, {"peer.x": "import pickle"}),
@@ -298,7 +298,7 @@ KEEPS: list[tuple[Rule, dict[str, str]]] = [
     (arrows_point_down, {"coordinator.start": "from peer.model import load_backbone"}),
     (arrows_point_down, {"peer.session": "import coordinator.rounds", "tests.test_x": "import peer.session"}),
     (hivemind_is_wrapped, {"coordinator.network": "import hivemind", "tests.test_x": "import hivemind"}),
-    (averaging_is_subclassed_in_one_place, {"peer.allreduce": "import hivemind.averaging"}),
+    (averaging_is_our_own, {"scripts.bench_fusion": "import hivemind.averaging"}),
     (only_commands_parse_flags, {"peer.join": "import argparse", "scripts.demo": "import argparse"}),
     (
         nothing_is_unpickled_or_run,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.chain import Chain, build_chain, is_better, required_signatures, verify_commit
-from coordinator.records import GENESIS, RecordError, SignedCommit, signature_text
+from coordinator.chain import (
+    Chain,
+    build_chain,
+    is_better,
+    num_backed,
+    required_signatures,
+    verify_commit,
+)
+from coordinator.records import GENESIS, Contribution, RecordError, SignedCommit, signature_text
 from tests.fakes import NOW, extend, hash_of, identity, make_commit, make_spec, peer, peers, signed_by
 
 EMPTY = Chain(make_spec())
@@ -90,7 +98,6 @@ def test_signatures_that_do_not_count() -> None:
         ("c", signature_text(other, identity("c")), "does not fit"),  # of another attempt
         ("c", signature_text(commit, identity("b")), "does not fit"),  # of another peer
         ("c", "", "does not fit"),
-        ("x", signature_text(commit, identity("x")), "no part in the round"),
     ]:
         signed = SignedCommit(commit=commit, signatures={**good.signatures, peer(name): signature})
         with pytest.raises(RecordError, match=reason):
@@ -105,7 +112,7 @@ def test_the_previous_round_elects() -> None:
     with pytest.raises(RecordError, match="1 of 3 signed"):
         verify_commit(signed_by(commit, ["a", "x", "y", "z"]), one)
     foreign = make_commit(one, ["a", "b", "x"], electorate=list(peers("abx")))
-    with pytest.raises(RecordError, match="not in the previous round"):
+    with pytest.raises(RecordError, match="mixes the previous round's peers with others"):
         verify_commit(signed_by(foreign, "abx"), one)
 
 
@@ -146,14 +153,131 @@ def test_fork_more_signed_contributions_since_the_fork_win() -> None:
     assert is_better(longer, many)
 
 
-def test_fork_bare_rounds_and_contributions_that_are_not_signed_win_nothing() -> None:
+def test_fork_bare_rounds_and_contributors_that_are_only_named_win_nothing() -> None:
+    """One of the previous cohort claims that the others are gone, and names eight contributors."""
     common = extend(EMPTY, ["a", "b", "c", "d"])
-    honest = extend(common, ["c", "d"], electorate=list(peers("cd")), state_hash=hash_of("honest"))
+    honest = extend(common, ["b", "c", "d"], electorate=list(peers("bcd")), state_hash=hash_of("honest"))
     names = ["a", *"tuvwxyz"]
-    padded = extend(common, names, ["a"], electorate=list(peers("a")), state_hash=hash_of("padded"))
+    changes: dict[str, Any] = {"electorate": list(peers("a")), "state_hash": hash_of("padded")}
+    with pytest.raises(RecordError, match="2 signatures in all"):  # min_peers: nobody commits alone
+        extend(common, names, ["a"], **changes)
+    padded = extend(common, names, ["a", "z"], **changes)
     assert len(padded.commits[-1].commit.contributors) == 8
+    assert num_backed(padded.commits[-1].commit, common.spec) == 2  # as many as had to sign
+    assert num_backed(honest.commits[-1].commit, common.spec) == 3
     assert is_better(honest, padded)
     assert not is_better(padded, honest)
+
+
+def test_copies_of_one_commit_count_the_same_whatever_signatures_they_carry() -> None:
+    commit = make_commit(EMPTY, ["a", "b", "c", "d"])
+    copies = [EMPTY.extended(signed_by(commit, names)) for names in ("abcd", "abc", "bcd")]
+    again = EMPTY.extended(signed_by(commit.under(7), "abc"))  # signed once more in a later attempt
+    rival = extend(EMPTY, ["a", "b", "c"], state_hash=hash_of("rival"))
+    for copy in [*copies, again]:
+        assert copy.tip == copies[0].tip
+        assert is_better(copy, rival)
+        assert not any(is_better(copy, other) for other in copies)
+    assert commit.under(7).digest != commit.digest  # but a signature of one is none of the other
+
+
+def roll_back(chain: Chain, signers: str, contributors: Sequence[str] = (), **changes: Any) -> Chain:
+    values = {
+        "kind": "rollback",
+        "state_hash": chain.before().state_hash,
+        "electorate": sorted(chain.cohort),
+        "reason": "worse than before",
+        **changes,
+    }
+    return extend(chain, contributors, signers, **values)
+
+
+def test_a_roll_back_is_a_round_with_the_state_before() -> None:
+    one = extend(EMPTY, ABC)
+    two = extend(one, ["b", "c", "d"], electorate=list(peers(ABC)))
+    back = roll_back(two, "bcd")
+    assert (back.round, back.state_hash) == (3, one.state_hash)
+    assert back.cohort == two.cohort  # the majority rule goes on
+    assert back.is_rolled_back
+    assert roll_back(one, "ab").state_hash == EMPTY.spec.backbone_hash  # round 0 included
+    on = extend(back, ["b", "c"], electorate=list(peers("bcd")), state_hash=hash_of("round 4"))
+    assert on.round == 4
+    assert on.cohort == set(peers("bc"))
+    assert roll_back(on, "bc").state_hash == one.state_hash  # what round 3 had gone back to
+
+
+def test_a_roll_back_wins_over_the_chain_without_it_and_weighs_like_its_electorate() -> None:
+    common = extend(EMPTY, ["a", "b", "c", "d", "e"])
+    back = roll_back(common, "cde", electorate=list(peers("cde")))
+    few = extend(common, ["a", "b"], electorate=list(peers("ab")), state_hash=hash_of("few"))
+    assert is_better(back, common)
+    assert num_backed(back.commits[-1].commit, common.spec) == 3
+    assert is_better(back, few)
+    assert not is_better(few, back)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"state_hash": hash_of("other")}, "returns to the state before it"),
+        ({"contributors": ["a"]}, "has no contributors"),
+        ({"electorate": list(peers("abcx"))}, "mixes"),
+    ],
+)
+def test_a_roll_back_that_does_not_fit(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecordError, match=reason):
+        roll_back(extend(EMPTY, ABC), "abc", **changes)
+
+
+def test_a_roll_back_needs_a_majority_and_something_to_undo() -> None:
+    one = extend(EMPTY, ABC)
+    with pytest.raises(RecordError, match="1 of 3 signed"):
+        roll_back(one, "a")
+    with pytest.raises(RecordError, match="never the beginning or another roll-back"):
+        roll_back(roll_back(one, "abc"), "abc", state_hash=one.state_hash)
+    with pytest.raises(RecordError, match="never the beginning"):
+        roll_back(EMPTY, "abc", state_hash=EMPTY.state_hash, electorate=list(peers(ABC)))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "is_good"),
+    [
+        ([], True),
+        ([[0, 1], [1, 3], [7, 9]], True),
+        ([[1, 1]], False),
+        ([[2, 1]], False),
+        ([[0, 3], [2, 4]], False),
+        ([[4, 5], [0, 1]], False),
+    ],
+)
+def test_missing_parts_are_ranges_in_order(ranges: list[list[int]], is_good: bool) -> None:
+    commit = make_commit(EMPTY, ABC)
+    values = {**commit.contributors[0].model_dump(mode="json"), "missing": ranges}
+    changed = [Contribution.model_validate(values), *commit.contributors[1:]]
+    signed = signed_by(commit.model_copy(update={"contributors": changed}), ABC)
+    if is_good:
+        verify_commit(signed, EMPTY)
+    else:
+        with pytest.raises(RecordError, match="not in order"):
+            verify_commit(signed, EMPTY)
+
+
+def test_who_is_excluded_is_named_once_and_contributes_nothing() -> None:
+    named = {"peer": peer("x"), "reason": "sent values that are not finite"}
+    chain = extend(EMPTY, ABC, excluded=[named])
+    assert chain.commits[0].commit.excluded[0].peer == peer("x")
+    with pytest.raises(RecordError, match="excluded twice"):
+        extend(EMPTY, ABC, excluded=[named, named])
+    with pytest.raises(RecordError, match="a contributor is excluded"):
+        extend(EMPTY, ABC, excluded=[{**named, "peer": peer("a")}])
+
+
+def test_a_commit_with_more_signatures_than_peers_is_no_place_to_store_data() -> None:
+    chain = Chain(make_spec(max_peers=3))
+    commit = make_commit(chain, ABC)
+    crowd = [*ABC, *(f"x{n}" for n in range(7))]
+    with pytest.raises(RecordError, match="10 signatures, where at most 9"):
+        verify_commit(signed_by(commit, crowd), chain)
 
 
 def test_fork_of_equal_weight_the_smaller_hash_wins() -> None:

@@ -240,7 +240,7 @@ for codec in CODECS.values():
     codec.decode(codec.encode(values), 1 << 17)
 for rule in ("mean", "median"):
     combine(rule, [values] * 3, [1.0, 1.0, 2.0])
-outer_step("plain", values, values, round=1, lr=0.5, momentum=0.0)
+outer_step("plain", values, values, lr=0.5, momentum=0.0)
 after = len(os.listdir("/proc/self/task"))
 values + values
 print(after - before, len(os.listdir("/proc/self/task")) - after)

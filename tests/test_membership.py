@@ -112,3 +112,68 @@ def test_a_flood_of_identities_is_bounded(members: Membership, monkeypatch: pyte
         members.observe(beat(name), now=NOW)
     assert names(members) == ["a", "b", "c"]
     assert members.observe(beat("a", issued_at=NOW), now=NOW) is not None  # who is known goes on
+
+
+# Silence, as a majority counts it: lease 30 s, heartbeats 5 s apart, clocks 2 s apart: 37 s
+
+
+def absent(members: Membership, names: str, now: float, listened: float = 0.0) -> str:
+    gone = members.absent([peer(n) for n in names], tip=CHAIN.tip, now=now, listened_seconds=listened)
+    return "".join(name for name in names if peer(name) in gone)
+
+
+def test_silence_is_the_lease_itself_and_is_known_after_the_heartbeat_expired(members: Membership) -> None:
+    members.observe(beat("a", issued_at=NOW, expires_at=NOW + 30.0), now=NOW)
+    assert names(members, NOW + 30.0) == []
+    assert absent(members, "a", NOW + 37.0) == ""
+    assert absent(members, "a", NOW + 37.1) == "a"
+
+
+def test_who_was_never_heard_is_silent_once_there_was_time_to_hear_it(members: Membership) -> None:
+    assert absent(members, "ab", NOW, listened=37.0) == ""
+    assert absent(members, "ab", NOW, listened=37.1) == "ab"
+    assert absent(members, "", NOW) == ""
+    gone = members.absent([peer("me")], tip=CHAIN.tip, now=NOW, listened_seconds=1e9)
+    assert gone == frozenset()  # oneself is never silent
+
+
+def test_who_is_forgotten_because_a_call_failed_still_counts(members: Membership) -> None:
+    members.observe(beat("a", issued_at=NOW), now=NOW)
+    members.forget(peer("a"))
+    assert absent(members, "a", NOW, listened=1e9) == ""
+    assert members.in_training(tip=CHAIN.tip, now=NOW) == {peer("a")}
+    assert members.in_training(tip=hash_of("other"), now=NOW) == frozenset()
+    assert members.in_training(tip=CHAIN.tip, now=NOW + 37.1) == frozenset()
+
+
+def test_who_resigned_is_absent_in_that_round_only(members: Membership) -> None:
+    members.observe(beat("a", resigned=CHAIN.tip), now=NOW)
+    members.observe(beat("b", resigned=hash_of("round before")), now=NOW)
+    assert absent(members, "ab", NOW) == "a"
+    assert members.in_training(tip=CHAIN.tip, now=NOW) == {peer("b")}
+    members.observe(beat("a", issued_at=NOW, phase="leaving", resigned=""), now=NOW)
+    assert absent(members, "a", NOW) == ""  # left without giving up its vote: it had signed
+
+
+def test_who_is_banned_is_gone_for_good(members: Membership, caplog: pytest.LogCaptureFixture) -> None:
+    members.observe(beat("a"), now=NOW)
+    members.ban(peer("a"), "lied as a reducer")
+    assert f"{peer('a')[-8:]} is excluded from the run: lied as a reducer" in caplog.text
+    assert members.observe(beat("a", issued_at=NOW), now=NOW) is None
+    assert names(members) == []
+    assert absent(members, "a", NOW) == "a"
+    assert members.in_training(tip=CHAIN.tip, now=NOW) == frozenset()
+    assert members.banned == {peer("a")}
+
+
+def test_a_flood_of_identities_makes_nobody_silent(
+    members: Membership, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership_module, "MAX_PEERS_KNOWN", 3)
+    for name in "abcde":
+        members.observe(beat(name, issued_at=NOW, expires_at=NOW + 30.0), now=NOW)
+    assert absent(members, "abc", NOW + 30.0, listened=1e9) == ""
+    later = NOW + 38.0  # the three are silent and make room
+    members.observe(beat("d", issued_at=later, expires_at=later + 30.0), now=later)
+    assert names(members, later) == ["d"]
+    assert absent(members, "abcd", later, listened=1e9) == "abc"

@@ -15,7 +15,10 @@ from coordinator.records import (
     MAX_CLOCK_SKEW_SECONDS,
     MAX_RECORD_BYTES,
     Commit,
+    Contribution,
+    Exclusion,
     PeerRecord,
+    Promise,
     Proposal,
     RecordError,
     Signed,
@@ -190,3 +193,49 @@ def test_times(changes: dict[str, float], reason: str | None) -> None:
     else:
         with pytest.raises(RecordError, match=reason):
             check_times(record, now=NOW, lease_seconds=30.0)
+
+
+def test_the_hash_of_a_commit_is_its_value_and_a_signature_is_of_one_attempt() -> None:
+    commit = make_commit(CHAIN, ["alice", "bob"])
+    again = commit.under(3)
+    assert again.attempt == 3
+    assert again.hash == commit.hash
+    assert again.digest != commit.digest
+    for changes in (
+        {"state_hash": hash_of("x")},
+        {"electorate": [peer("bob")]},
+        {"committed_at": 1.0},
+        {"excluded": [Exclusion(peer=peer("x"), reason="")]},
+    ):
+        assert commit.model_copy(update=changes).hash != commit.hash  # not the one computed before the copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"norm": float("nan")}, "norm"),
+        ({"norm": -1.0}, "norm"),
+        ({"factor": 1.1}, "factor"),
+        ({"factor": -0.1}, "factor"),
+        ({"missing": [[0, 1]] * 257}, "missing"),
+        ({"missing": [[0]]}, "missing"),
+        ({"missing": [["0", 1]]}, "missing"),
+        ({"missing": [[-1, 1]]}, "missing"),
+        ({"missing": [[0, 1.5]]}, "missing"),
+    ],
+)
+def test_malformed_contributions(changes: dict[str, Any], reason: str) -> None:
+    values = {"peer": peer("a"), "num_examples": 1, "weight": 1.0, "norm": 2.5, "missing": [[0, 1], [2, 3]]}
+    good = parse_record(values, Contribution)
+    assert (good.norm, good.factor, good.missing) == (2.5, 1.0, ((0, 1), (2, 3)))
+    assert parse_record(json.loads(good.canonical()), Contribution) == good
+    with pytest.raises(RecordError, match=f"malformed Contribution: {reason}"):
+        parse_record({**values, **changes}, Contribution)
+
+
+def test_a_promise_survives_being_written() -> None:
+    commit = make_commit(CHAIN, ["alice", "bob"])
+    promise = Promise(
+        run=CHAIN.spec.digest, round=1, previous=CHAIN.tip, attempt=2, lock=commit, lock_until=NOW
+    )
+    assert parse_record(json.loads(promise.canonical()), Promise) == promise

@@ -17,6 +17,7 @@ from coordinator.rounds import (
     CatchUp,
     Finetune,
     Fuse,
+    Leaders,
     Standing,
     Stop,
     Wait,
@@ -45,8 +46,8 @@ def busy(chain: Chain, names: str, **changes: Any) -> list[Member]:
     return [make_member(chain, name, phase="finetuning", **changes) for name in names]
 
 
-def in_phase(chain: Chain, names: str, phase: str) -> list[Member]:
-    return [make_member(chain, name, phase=phase) for name in names]
+def in_phase(chain: Chain, names: str, phase: str, **changes: Any) -> list[Member]:
+    return [make_member(chain, name, phase=phase, **changes) for name in names]
 
 
 def test_who_is_not_ready_finetunes_alone_or_not() -> None:
@@ -121,23 +122,74 @@ def test_a_majority_of_the_previous_cohort_must_be_ready() -> None:
 
 def test_the_silent_of_the_previous_cohort_do_not_vote() -> None:
     chain = extend(EMPTY, ["me", "a", "b", "c"])
-    action = decide(chain, standing(), ready(chain, "a"), NOW)  # b and c are beyond their lease
+    action = decide(chain, standing(), ready(chain, "a"), NOW, absent=peers("bc"))
     assert isinstance(action, Fuse)
     assert action.electorate == tuple(sorted([peer("me"), peer("a")]))
+
+
+def test_who_is_neither_seen_nor_silent_for_long_enough_counts() -> None:
+    """b and c may be there for each other: a peer that cannot reach them must not commit without them."""
+    chain = extend(EMPTY, ["me", "a", "b", "c"])
+    action = decide(chain, standing(), ready(chain, "a"), NOW, absent=peers("b"))
+    assert isinstance(action, Fuse)  # two of three
+    assert action.electorate == tuple(sorted([peer("me"), *peers("ac")]))
+    action = decide(chain, standing(), ready(chain, "a"), NOW)
+    assert action == Wait("2 of the 3 peers who must sign are ready")
+    joining = in_phase(chain, "bc", "joining")  # back after a crash: they may have signed before it
+    action = decide(chain, standing(), ready(chain, "a") + joining, NOW)
+    assert action == Wait("2 of the 3 peers who must sign are ready")
 
 
 def test_when_all_of_the_previous_cohort_are_gone_those_who_train_vote() -> None:
     chain = extend(EMPTY, ["x", "y"])
-    action = decide(chain, standing(), ready(chain, "a"), NOW)
+    action = decide(chain, standing(), ready(chain, "a"), NOW, absent=peers("xy"))
     assert isinstance(action, Fuse)
     assert action.electorate == tuple(sorted([peer("me"), peer("a")]))
 
 
-@pytest.mark.parametrize("phase", ["waiting", "done", "joining", "serving"])
+def test_without_a_previous_cohort_those_vote_who_were_heard_of_late() -> None:
+    """b cannot be reached any more and c sits out, yet b may be forming a group with others."""
+    others = [*ready(EMPTY, "a"), *ready(EMPTY, "c", resigned=EMPTY.tip)]
+    action = decide(EMPTY, standing(), others, NOW, counted=peers("ab"))
+    assert isinstance(action, Fuse)
+    assert set(action.members) == {peer("me"), *peers("ac")}
+    assert action.electorate == tuple(sorted([peer("me"), *peers("ab")]))
+    chain = extend(EMPTY, ["x", "a"])  # both have resigned; a has come back, and newcomers go first
+    members = [*ready(chain, "a", resigned=chain.tip)]
+    action = decide(chain, standing(), members, NOW, absent=peers("ax"))
+    assert isinstance(action, Fuse)
+    assert action.electorate == (peer("me"),)
+    chain = extend(EMPTY, ["me", "a"])
+    members = [*ready(chain, "a", resigned=chain.tip)]
+    action = decide(chain, standing(), members, NOW, absent=[peer("me"), peer("a")])
+    assert isinstance(action, Fuse)
+    assert action.electorate == tuple(sorted([peer("me"), peer("a")]))
+
+
+def test_who_is_left_out_of_an_attempt_still_votes() -> None:
+    others = ready(EMPTY, "abc")
+    action = decide(EMPTY, standing(), others, NOW, left_out=peers("b"))
+    assert isinstance(action, Fuse)
+    assert set(action.members) == {peer("me"), *peers("ac")}
+    assert set(action.electorate) == {peer("me"), *peers("abc")}
+
+
+def test_leaders_that_were_silent_twice_lead_last_until_two_lead_at_once() -> None:
+    leaders, fuse = Leaders(), Fuse(members=("x", "y", "z"), electorate=("x",))
+    leaders.was_silent("x")
+    assert leaders.ranked(fuse).members == ("x", "y", "z")
+    leaders.was_silent("x")
+    assert leaders.ranked(fuse).members == ("y", "z", "x")
+    leaders.two_at_once()
+    assert leaders.ranked(fuse) == fuse
+
+
+@pytest.mark.parametrize("phase", ["waiting", "done", "serving"])
 def test_who_takes_no_part_holds_nobody_up(phase: str) -> None:
     """Three of the previous four sit the round out, alive: they cannot sign what they do not compute."""
     chain = extend(EMPTY, ["me", "a", "b", "c"])
-    action = decide(chain, standing(), ready(chain, "x") + in_phase(chain, "abc", phase), NOW)
+    others = ready(chain, "x") + in_phase(chain, "abc", phase, resigned=chain.tip)
+    action = decide(chain, standing(), others, NOW, absent=peers("abc"))
     assert isinstance(action, Fuse)
     assert set(action.members) == {peer("me"), peer("x")}
     assert action.electorate == (peer("me"),)
@@ -159,7 +211,8 @@ def test_more_peers_than_take_part_are_drawn_and_the_draw_cannot_stop_the_run() 
     assert len(drawn) == 4
     for name in everybody:
         others = ready(chain, everybody.replace(name, ""))
-        action = decide(chain, standing(name), others, NOW)
+        resigned = chain.cohort - set(drawn)  # as `fuse` does when it is not drawn
+        action = decide(chain, standing(name), others, NOW, absent=resigned)
         if peer(name) not in drawn:
             assert action == Wait("not drawn this round")
             continue
@@ -244,7 +297,10 @@ def test_after_the_deadline_only_peers_in_training_can_hold_a_round_up(phases: l
         for name, phase in zip("abcdef", phases, strict=True)
         if phase != "absent"
     ]
-    action = decide(chain, standing(), others, NOW + 10 * LIMIT)
+    gone = [p for p, phase in zip(peers("abcdef"), phases, strict=True) if phase != "ready"]
+    drawn = draw(chain, [peer("me"), *(m.peer_id for m in others if m.record.phase == "ready")])
+    absent = {*gone, *(chain.cohort - set(drawn))}  # silent, or resigned
+    action = decide(chain, standing(), others, NOW + 10 * LIMIT, absent=absent)
     if phases.count("ready") == 0:
         assert action == Alone()
     else:

@@ -1,0 +1,248 @@
+"""How large binary messages travel between two peers: bounded frames on a raw stream of the p2p daemon.
+
+hivemind's protobuf streams copy every message five times. These are its binary streams
+(`P2P.add_binary_stream_handler`, `P2P.call_binary_stream_handler`, hivemind 1.1.12), read straight
+from the socket into the buffer that the caller gets, with frames of our own:
+
+    1 byte kind | 4 bytes length, big-endian | payload
+
+Who opens a stream sends one frame, the greeting, and waits for an answer before it sends more. Every
+receiver says which kinds it takes and how long each may be; anything else ends the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import cast
+
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
+
+from coordinator.errors import NetworkError
+from coordinator.network import Network
+
+logger = logging.getLogger(__name__)
+
+_HEADER = struct.Struct(">BI")
+JOINED_BYTES = 16 * 1024  # of a payload that are copied behind the header: one write instead of two
+SOCKET_BUFFER_BYTES = 1024 * 1024  # to and from the daemon: a part of 256 KB leaves in one call
+MAX_GREETING_BYTES = 1024
+GREETING_SECONDS = 5.0
+
+
+class StreamError(NetworkError):
+    """A stream that broke, or a frame that is not what was agreed."""
+
+
+@dataclass
+class Traffic:
+    """Bytes of frames, summed over streams that share it."""
+
+    num_bytes_sent: int = 0
+    num_bytes_received: int = 0
+
+
+class FrameStream:
+    """Frames to and from one authenticated peer, one reader and one writer at a time. To be closed.
+
+    Of several chunks the last one may be large; those before it are copied.
+    """
+
+    def __init__(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, greeting: bytes = b""
+    ) -> None:
+        self.peer_id = peer_id
+        self._streams = (reader, writer)  # either one closes the transport when nobody holds it any more
+        transport = cast(asyncio.Transport, writer.transport)
+        self.greeting = greeting  # what its opener said first; empty at the opener
+        self.traffic = Traffic()
+        self._transport = transport
+        self._protocol = _FrameProtocol()
+        transport.pause_reading()
+        transport.set_protocol(self._protocol)
+        self._protocol.transport = transport
+        transport.set_write_buffer_limits(high=0)
+        _enlarge_buffers(transport)
+
+    async def send(self, kind: int, *chunks: bytes | bytearray | memoryview) -> None:
+        """Returns when the daemon has taken all of it: a silent peer blocks. Raises StreamError."""
+        length = sum(len(chunk) for chunk in chunks)
+        *small, large = chunks or (b"",)
+        start = min(len(large), JOINED_BYTES)
+        head = b"".join([_HEADER.pack(kind, length), *small, memoryview(large)[:start]])
+        try:
+            self._transport.write(head)
+            self._transport.write(memoryview(large)[start:])
+            await self._protocol.drained()
+        except (OSError, RuntimeError) as error:  # RuntimeError: the transport was closed meanwhile
+            raise StreamError(f"the stream to {self.peer_id[-8:]} broke: {error}") from error
+        self.traffic.num_bytes_sent += _HEADER.size + length
+
+    async def receive(
+        self, max_bytes: Mapping[int, int], into: Mapping[int, memoryview] | None = None
+    ) -> tuple[int, bytearray | memoryview]:
+        """The next frame: its kind, one of `max_bytes`, and its payload. Raises StreamError.
+
+        `into`: for a kind whose frames are as long as a buffer, that buffer, which is filled and returned.
+        """
+        try:
+            header = bytearray(_HEADER.size)
+            await self._protocol.read_into(header)
+            kind, length = _HEADER.unpack(header)
+            if length > max_bytes.get(kind, -1):
+                self.close()
+                raise StreamError(f"{self.peer_id[-8:]} sent a frame of kind {kind} with {length} bytes")
+            payload: bytearray | memoryview | None = (into or {}).get(kind)
+            if payload is None or len(payload) != length:
+                payload = bytearray(length)
+            await self._protocol.read_into(payload)
+        except (OSError, EOFError) as error:
+            raise StreamError(f"the stream from {self.peer_id[-8:]} ended") from error
+        self.traffic.num_bytes_received += _HEADER.size + length
+        return kind, payload
+
+    def close(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self._transport.close()
+
+
+class _FrameProtocol(asyncio.BufferedProtocol):
+    """Reads exactly as much as was asked for, without a copy; nothing is read ahead."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self._target = memoryview(b"")
+        self._num_read = 0
+        self._reading: asyncio.Future[None] | None = None
+        self._draining: asyncio.Future[None] | None = None
+        self._is_paused = self._is_closed = False
+
+    async def read_into(self, buffer: bytearray | memoryview) -> None:
+        """Fill it. Raises EOFError when the stream ends before."""
+        if len(buffer) == 0:
+            return
+        if self._reading is not None:
+            raise RuntimeError("two readers of one stream")
+        if self._is_closed or self.transport is None:
+            raise EOFError
+        self._target, self._num_read = memoryview(buffer), 0
+        self._reading = asyncio.get_running_loop().create_future()
+        self.transport.resume_reading()
+        try:
+            await self._reading
+        finally:
+            if self._reading.done() and not self._reading.cancelled():
+                self._reading.exception()  # looked at, also where the reader was cancelled at that instant
+            self._reading = None
+            self._target = memoryview(b"")
+            if not self._is_closed:
+                self.transport.pause_reading()
+
+    async def drained(self) -> None:
+        if self._is_closed or self.transport is None or self.transport.is_closing():
+            raise ConnectionResetError("the stream is closed")
+        if self._is_paused:
+            self._draining = asyncio.get_running_loop().create_future()
+            try:
+                await self._draining
+            finally:
+                self._draining = None
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._target[self._num_read :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._num_read += nbytes
+        if self._num_read == len(self._target) and self.transport is not None:
+            self.transport.pause_reading()
+            _finish(self._reading)
+
+    def eof_received(self) -> bool:
+        self._end(EOFError())
+        return True  # the other direction stays open: what was sent still arrives
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc or EOFError())
+        _finish(self._draining, ConnectionResetError("the stream is closed"))
+
+    def _end(self, why: Exception) -> None:
+        self._is_closed = True
+        _finish(self._reading, why)
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        _finish(self._draining)
+
+
+def _finish(future: asyncio.Future[None] | None, error: Exception | None = None) -> None:
+    if future is not None and not future.done():
+        future.set_result(None) if error is None else future.set_exception(error)
+
+
+StreamHandler = Callable[[FrameStream], Awaitable[None]]
+
+
+async def serve_streams(network: Network, name: str, handler: StreamHandler) -> None:
+    """Give every stream that another peer opens under `name` to `handler`; it is closed afterwards."""
+
+    async def on_stream(info: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer_id = str(info.peer_id)  # type: ignore[attr-defined]  # hivemind's StreamInfo
+        try:
+            async with asyncio.timeout(GREETING_SECONDS):
+                greeting = await _read_greeting(reader)
+        except (OSError, EOFError) as error:
+            logger.debug("no greeting from %s: %s", peer_id[-8:], error)
+            writer.close()
+            return
+        stream = FrameStream(peer_id, reader, writer, greeting)
+        try:
+            await handler(stream)
+        except StreamError as error:
+            logger.debug("%s", error)
+        finally:
+            stream.close()
+
+    await network.p2p.add_binary_stream_handler(name, on_stream)
+
+
+async def open_stream(
+    network: Network, peer_id: str, name: str, greeting: bytes, *, timeout_seconds: float
+) -> FrameStream:
+    """Raises StreamError when the peer cannot be reached in time, or does not take such streams."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            _, reader, writer = await network.p2p.call_binary_stream_handler(
+                PeerID.from_base58(peer_id), name
+            )
+    except (P2PDaemonError, P2PHandlerError, OSError, EOFError) as error:
+        why = f"no answer within {timeout_seconds:.1f} s" if isinstance(error, TimeoutError) else str(error)
+        raise StreamError(
+            f"no stream to {peer_id[-8:]}: {why.splitlines()[0][:160] if why else ''}"
+        ) from error
+    stream = FrameStream(peer_id, reader, writer)
+    await stream.send(0, greeting)
+    return stream
+
+
+async def _read_greeting(reader: asyncio.StreamReader) -> bytes:
+    """Raises OSError, EOFError."""
+    _, length = _HEADER.unpack(await reader.readexactly(_HEADER.size))
+    if length > MAX_GREETING_BYTES:
+        raise OSError(f"a greeting of {length} bytes")
+    return await reader.readexactly(length)
+
+
+def _enlarge_buffers(transport: asyncio.Transport) -> None:
+    raw = transport.get_extra_info("socket")
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with suppress(OSError):
+            raw.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)

@@ -1,0 +1,472 @@
+"""Did a reducer lie? Others compute parts again after the commit; a lie is published with its proof.
+
+A reducer signs what it made of which parts (`peer.manifest.Statement`), and each sender signs the hashes
+of its parts before the first one travels. So whoever holds both can ask the senders for one part,
+compute the result again (`peer.reduction`) and compare hashes. Which parts, every member draws for itself,
+in secret: no reducer can know.
+
+The evidence holds everything that is needed to check it, so nobody has to believe the accuser. One who
+publishes false evidence is not listened to again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import random
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, AsyncIterator  # noqa: UP035 (hivemind reads this hint by its name in typing)
+
+import torch
+
+from coordinator.errors import NetworkError, RoundError
+from coordinator.network import STREAM_PART_BYTES, Network, PeerUnreachable
+from coordinator.records import HashText, Record, RecordError, open_signed, parse_json, parse_record
+from coordinator.transfer import Piece, fetch_blob
+from peer.aggregate import needs_gram
+from peer.compression import CODECS
+from peer.manifest import (
+    MAX_SIGNED_BYTES,
+    Manifest,
+    Outgoing,
+    Statement,
+    figures_hash,
+    figures_of,
+    split_hashes,
+)
+from peer.parts import PartGrid
+from peer.reduction import BadPartError, checked_part, encode_result, plan_of, reduce_values, residual_hash
+
+logger = logging.getLogger(__name__)
+
+MAX_EVIDENCE_BYTES = 64 * 1024 * 1024
+CALL_TIMEOUT_SECONDS = 10.0
+WINDOW_SECONDS = 6.0  # after a commit: members commit within a second of each other, an audit takes less
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What a member keeps of a committed round until the audit is over."""
+
+    round: int
+    aggregation: str
+    screening: str
+    outgoing: Outgoing  # my own parts, for those who audit others
+    statements: Mapping[str, bytes]  # signed, by reducer
+    manifests: Mapping[str, bytes]  # signed, by sender
+    residuals_before: Mapping[int, torch.Tensor]  # my error feedback as a reducer, by part
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One part of one reducer, with everything that its result was made of."""
+
+    aggregation: str
+    screening: str
+    codec: str
+    num_values: int
+    part: int
+    reducer: str
+    statements: tuple[bytes, ...]  # signed, of all reducers: the plan needs the figures of each
+    manifests: tuple[bytes, ...]  # signed, of all senders that gave one
+    parts: tuple[bytes, ...]  # encoded, of the senders that the statement names, in its order
+    residual: bytes  # float32, little-endian; empty when there was none
+
+
+class NotConclusive(Exception):
+    """Something is missing, or does not belong together: no judgment."""
+
+
+def judge(evidence: Evidence, run_digest: str) -> str:
+    """Why the reducer lied; empty when it did not. Raises NotConclusive when the evidence is none.
+
+    Pure: the same answer on every peer.
+    """
+    try:
+        return _judge(evidence, run_digest)
+    except (RecordError, BadPartError, ValueError, KeyError, IndexError) as error:
+        raise NotConclusive(f"the evidence does not hold together: {error}") from error
+
+
+def _judge(evidence: Evidence, run_digest: str) -> str:
+    grid, codec = PartGrid(evidence.num_values), CODECS[evidence.codec]
+    statements = _open_statements(evidence, run_digest)
+    statement = statements[evidence.reducer]
+    manifests = _open_manifests(evidence, run_digest)
+    index = evidence.part - statement.first_part
+    results = split_hashes(statement.results)
+    _check_completeness(statements, statement, grid, needs_gram(evidence.aggregation, evidence.screening))
+    if not 0 <= index < len(results):
+        raise NotConclusive("the part is not one of this reducer")
+    plan = plan_of(
+        evidence.aggregation,
+        evidence.screening,
+        [report.declared for report in statement.senders],
+        [
+            manifests[report.peer, report.manifest].norm if report.manifest and report.is_planned else None
+            for report in statement.senders
+        ],
+        [figures for _, s in sorted(statements.items()) if (figures := figures_of(s)) is not None],
+    )
+    if [report.weight for report in statement.senders] != list(plan.weights):
+        return f"the weights of part {evidence.part} are not those of the rule"
+    if [report.factor for report in statement.senders] != list(plan.factors):
+        return f"the factors of part {evidence.part} are not those of the rule"
+    present = [report for report in statement.senders if report.num_parts > index and report.weight != 0]
+    if len(present) != len(evidence.parts):
+        raise NotConclusive("not the parts of the senders that the statement names")
+    values = [
+        _sent_part(manifests[report.peer, report.manifest or ""], evidence.part, data, grid)
+        for report, data in zip(present, evidence.parts, strict=True)
+    ]
+    residual = _residual_before(evidence, statement, index)
+    result = reduce_values(
+        evidence.aggregation,
+        values,
+        [report.weight for report in present],
+        grid.size(evidence.part),
+    )
+    encoded, after = encode_result(codec, result, residual)
+    if hashlib.sha256(encoded).digest() != results[index]:
+        return f"the result of part {evidence.part} is not what its senders' parts give"
+    claimed = split_hashes(statement.residuals_after)
+    if codec.is_lossy and (not claimed or claimed[index] != residual_hash(after)):
+        return f"the error feedback of part {evidence.part} is not what its result leaves"
+    return ""
+
+
+def _open_statements(evidence: Evidence, run_digest: str) -> dict[str, Statement]:
+    opened = [open_signed(data, Statement, max_bytes=MAX_SIGNED_BYTES) for data in evidence.statements]
+    statements = dict(opened)
+    if len({s.group for s in statements.values()}) != 1 or len(statements) != len(opened):
+        raise NotConclusive("the statements are of several groups")
+    if any(statement.run != run_digest for statement in statements.values()):
+        raise NotConclusive("a statement of another run")
+    return statements
+
+
+def _check_completeness(
+    statements: Mapping[str, Statement], statement: Statement, grid: PartGrid, is_two_phase: bool
+) -> None:
+    """Are these all reducers of one group, with the figures that the accused had? Else weights look wrong."""
+    senders = [(report.peer, report.declared) for report in statement.senders]
+    if any([(r.peer, r.declared) for r in s.senders] != senders for s in statements.values()):
+        raise NotConclusive("the statements are about different senders")
+    owned = grid.owned([peer for peer, _ in senders])
+    if any(
+        peer not in owned or range(s.first_part, s.first_part + len(split_hashes(s.results))) != owned[peer]
+        for peer, s in statements.items()
+    ):
+        raise NotConclusive("a statement is not about the parts of its reducer")
+    if not is_two_phase:
+        return
+    told = [figures_hash(s.figures) for _, s in sorted(statements.items())]
+    num_reducers = sum(len(parts) > 0 for parts in owned.values())
+    if len(told) != num_reducers or split_hashes(statement.told) != told:
+        raise NotConclusive("the figures are not those that the reducer was told")
+
+
+def _open_manifests(evidence: Evidence, run_digest: str) -> dict[tuple[str, str], Manifest]:
+    """By author and digest, which the statement names."""
+    opened = [open_signed(data, Manifest, max_bytes=MAX_SIGNED_BYTES) for data in evidence.manifests]
+    manifests = [manifest for _, manifest in opened]
+    if len({(m.round, m.previous) for m in manifests}) != 1:
+        raise NotConclusive("the manifests are of several rounds")
+    if any(
+        (m.run, m.codec, m.num_values) != (run_digest, evidence.codec, evidence.num_values) for m in manifests
+    ):
+        raise NotConclusive("a manifest of another run")
+    return {(author, manifest.digest): manifest for author, manifest in opened}
+
+
+def _sent_part(manifest: Manifest, part: int, data: bytes, grid: PartGrid) -> torch.Tensor:
+    return checked_part(CODECS[manifest.codec], grid, manifest, manifest.part_hashes()[part], part, data)
+
+
+def _residual_before(evidence: Evidence, statement: Statement, index: int) -> torch.Tensor | None:
+    claimed = split_hashes(statement.residuals_before)
+    if not claimed or claimed[index] == residual_hash(None):
+        return None
+    residual = torch.frombuffer(bytearray(evidence.residual), dtype=torch.float32)
+    if residual_hash(residual) != claimed[index]:
+        raise NotConclusive("the error feedback is not the one that the statement names")
+    return residual
+
+
+# the wire
+
+
+def to_bytes(evidence: Evidence) -> bytes:
+    """A JSON header with its length, then the binary parts one after another."""
+    blobs = [*evidence.statements, *evidence.manifests, *evidence.parts, evidence.residual]
+    header = {
+        "aggregation": evidence.aggregation,
+        "screening": evidence.screening,
+        "codec": evidence.codec,
+        "num_values": evidence.num_values,
+        "part": evidence.part,
+        "reducer": evidence.reducer,
+        "statements": [len(blob) for blob in evidence.statements],
+        "manifests": [len(blob) for blob in evidence.manifests],
+        "parts": [len(blob) for blob in evidence.parts],
+        "residual": len(evidence.residual),
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return b"".join([_LENGTH.pack(len(text)), text, *blobs])
+
+
+class _Header(Record):
+    aggregation: str
+    screening: str
+    codec: str
+    num_values: int
+    part: int
+    reducer: str
+    statements: list[int]
+    manifests: list[int]
+    parts: list[int]
+    residual: int
+
+
+def from_bytes(data: bytes | bytearray) -> Evidence:
+    """Inverse of `to_bytes`. Raises RecordError."""
+    if len(data) < _LENGTH.size:
+        raise RecordError("the evidence is cut short")
+    start = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    header = parse_record(parse_json(bytes(data[_LENGTH.size : start]), max_bytes=MAX_SIGNED_BYTES), _Header)
+    lengths = [*header.statements, *header.manifests, *header.parts, header.residual]
+    if any(length < 0 for length in lengths) or start + sum(lengths) != len(data):
+        raise RecordError("the evidence is not as long as it says")
+    blobs = []
+    for length in lengths:
+        blobs.append(bytes(data[start : start + length]))
+        start += length
+    first, second = len(header.statements), len(header.statements) + len(header.manifests)
+    return Evidence(
+        aggregation=header.aggregation,
+        screening=header.screening,
+        codec=header.codec,
+        num_values=header.num_values,
+        part=header.part,
+        reducer=header.reducer,
+        statements=tuple(blobs[:first]),
+        manifests=tuple(blobs[first:second]),
+        parts=tuple(blobs[second:-1]),
+        residual=blobs[-1],
+    )
+
+
+# the service
+
+
+class _Accusation(Record):
+    run: HashText
+    evidence: HashText  # sha256
+    size_bytes: int
+
+
+Convict = Callable[[str, str, int], None]  # reducer, why, round: once for each, in the network's thread
+
+
+@dataclass
+class AuditTraffic:
+    """Counted apart from the all-reduce."""
+
+    num_bytes_received: int = 0
+    num_bytes_sent: int = 0
+    num_parts: int = 0
+    num_not_conclusive: int = 0
+
+
+@dataclass
+class _Published:
+    data: dict[str, bytes] = field(default_factory=dict)  # evidence by hash
+
+
+class AuditService:
+    """Answers auditors, audits others, and checks what others publish."""
+
+    def __init__(
+        self,
+        network: Network,
+        run_digest: str,
+        rules: tuple[str, str],
+        *,
+        convict: Convict,
+        live_peers: Callable[[], Sequence[str]],
+    ) -> None:
+        self._network, self._run_digest, self._rules = network, run_digest, rules
+        self._convict, self._live_peers = convict, live_peers
+        self._record: RoundRecord | None = None
+        self._published = _Published()
+        self._convicted: set[str] = set()
+        self._liars: set[str] = set()  # published false evidence
+        self._checking: set[str] = set()  # accusers whose evidence is being fetched
+        self.traffic = AuditTraffic()
+
+    def start(self) -> None:
+        self._network.on_stream("audit", self._on_audit)
+        self._network.on_call("accuse", self._on_accuse)
+
+    def keep(self, record: RoundRecord) -> None:
+        """Of the round that was just committed; answers auditors for a while, from any thread."""
+        self._record = record
+        self.traffic = AuditTraffic()
+        self._network.submit(self._forget_later(record))
+
+    async def _forget_later(self, record: RoundRecord) -> None:
+        await asyncio.sleep(WINDOW_SECONDS)
+        if self._record is record:
+            self.forget()
+
+    def forget(self) -> None:
+        """Frees the parts: the next finetuning needs the memory."""
+        self._record = None
+
+    def open_evidence(self, key: str) -> memoryview | None:
+        data = self._published.data.get(key)
+        return None if data is None else memoryview(data)
+
+    async def audit(self, num_parts: int, rng: random.Random) -> None:
+        """Compute `num_parts` parts of others again; whoever lied is published and convicted."""
+        record = self._record
+        if record is None:
+            return
+        own = self._network.peer_id
+        statements = {
+            m: open_signed(s, Statement, max_bytes=MAX_SIGNED_BYTES)[1] for m, s in record.statements.items()
+        }
+        candidates = [
+            (member, part)
+            for member, statement in sorted(statements.items())
+            if member != own
+            for part in range(
+                statement.first_part, statement.first_part + len(split_hashes(statement.results))
+            )
+        ]
+        for member, part in rng.sample(candidates, min(num_parts, len(candidates))):
+            await self._audit_part(record, statements[member], member, part)
+
+    async def _audit_part(self, record: RoundRecord, statement: Statement, member: str, part: int) -> None:
+        try:
+            evidence = await self._collect(record, statement, member, part)
+            why = judge(evidence, self._run_digest)
+        except (NotConclusive, PeerUnreachable) as error:
+            self.traffic.num_not_conclusive += 1
+            logger.info("audit of %s, part %d: %s", member[-8:], part, error)
+            return
+        self.traffic.num_parts += 1
+        if why:
+            await self._publish(evidence)
+            self._found_guilty(member, why, record.round)
+
+    async def _collect(self, record: RoundRecord, statement: Statement, member: str, part: int) -> Evidence:
+        index = part - statement.first_part
+        present = [r for r in statement.senders if r.num_parts > index and r.weight != 0]
+        parts = [await self._part_of(record, report.peer, part, "part") for report in present]
+        before = split_hashes(statement.residuals_before)
+        has_residual = bool(before) and before[index] != residual_hash(None)
+        residual = await self._part_of(record, member, part, "residual") if has_residual else b""
+        return Evidence(
+            aggregation=record.aggregation,
+            screening=record.screening,
+            codec=record.outgoing.codec.name,
+            num_values=record.outgoing.grid.num_values,
+            part=part,
+            reducer=member,
+            statements=tuple(record.statements.values()),
+            manifests=tuple(record.manifests.values()),
+            parts=tuple(parts),
+            residual=residual,
+        )
+
+    async def _part_of(self, record: RoundRecord, peer_id: str, part: int, what: str) -> bytes:
+        if peer_id == self._network.peer_id:
+            return self._own(record, part, what)
+        body = {"run": self._run_digest, "round": record.round, "part": part, "what": what}
+        limit = 4 * record.outgoing.grid.size(part) + 1024
+        data = bytearray()
+        async for chunk in self._network.stream(peer_id, "audit", body, timeout_seconds=CALL_TIMEOUT_SECONDS):
+            data += chunk
+            if len(data) > limit:
+                raise NotConclusive(f"{peer_id[-8:]} sent more than a part")
+        self.traffic.num_bytes_received += len(data)
+        return bytes(data)
+
+    def _own(self, record: RoundRecord, part: int, what: str) -> bytes:
+        if what == "part":
+            return bytes(record.outgoing.parts[part])
+        residual = record.residuals_before.get(part)
+        if residual is None:
+            raise RecordError("no such error feedback here")
+        return residual.numpy().tobytes()
+
+    async def _on_audit(self, _peer_id: str, body: Any) -> AsyncIterator[bytes]:
+        record = self._record
+        if not isinstance(body, dict) or record is None or body.get("run") != self._run_digest:
+            raise RecordError("nothing to audit here now")
+        part, what = body.get("part"), body.get("what")
+        if body.get("round") != record.round or type(part) is not int or what not in ("part", "residual"):
+            raise RecordError("not held here")
+        if not 0 <= part < record.outgoing.grid.num_parts:
+            raise RecordError("there is no such part")
+        data = self._own(record, part, what)
+        self.traffic.num_bytes_sent += len(data)
+        for start in range(0, len(data), STREAM_PART_BYTES):
+            yield data[start : start + STREAM_PART_BYTES]
+
+    # accusations
+
+    async def _publish(self, evidence: Evidence) -> None:
+        data = to_bytes(evidence)
+        digest = hashlib.sha256(data).hexdigest()
+        self._published.data[digest] = data
+        body = {"run": self._run_digest, "evidence": digest, "size_bytes": len(data)}
+        for peer_id in self._live_peers():
+            try:
+                await self._network.call(peer_id, "accuse", body, timeout_seconds=CALL_TIMEOUT_SECONDS)
+            except PeerUnreachable as error:
+                logger.info("evidence not announced: %s", error)
+
+    async def _on_accuse(self, peer_id: str, body: Any) -> bytes:
+        accusation = parse_record(body, _Accusation)
+        if accusation.run != self._run_digest or not 0 < accusation.size_bytes <= MAX_EVIDENCE_BYTES:
+            raise RecordError("of another run, or too large")
+        if peer_id in self._liars or peer_id in self._checking:
+            raise RecordError("not listening to you now")
+        self._checking.add(peer_id)
+        self._network.create_task(self._check(peer_id, accusation))
+        return b"{}"
+
+    async def _check(self, accuser: str, accusation: _Accusation) -> None:
+        piece = Piece(0, accusation.size_bytes, accusation.evidence)
+        try:
+            data = await fetch_blob(
+                self._network, self._run_digest, f"evidence/{accusation.evidence}", [piece], [accuser]
+            )
+            evidence = from_bytes(data)
+            if (evidence.aggregation, evidence.screening) != self._rules:
+                raise NotConclusive("the evidence is of another rule")
+            why = judge(evidence, self._run_digest)
+            if not why:
+                raise NotConclusive("the reducer did what it says")
+            manifest = open_signed(evidence.manifests[0], Manifest, max_bytes=MAX_SIGNED_BYTES)[1]
+            self._found_guilty(evidence.reducer, why, manifest.round)
+        except (NotConclusive, RecordError) as error:
+            self._liars.add(accuser)
+            logger.warning("%s published false evidence: %s; not listening to it again", accuser[-8:], error)
+        except (NetworkError, RoundError) as error:
+            logger.warning("evidence of %s not to be had: %s", accuser[-8:], error)
+        finally:
+            self._checking.discard(accuser)
+
+    def _found_guilty(self, reducer: str, why: str, round_: int) -> None:
+        if reducer not in self._convicted:
+            self._convicted.add(reducer)
+            logger.warning("reducer %s lied: %s", reducer[-8:], why)
+            self._convict(reducer, why, round_)

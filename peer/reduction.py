@@ -1,0 +1,180 @@
+"""What exactly does a reducer compute? Pure steps, so that an auditor who repeats them gets the same bytes.
+
+    check every part against its sender's manifest -> plan the weights -> combine -> add the own error
+    feedback -> encode once
+
+Deterministic on every machine: `peer.aggregate` adds in the order of the group with separate multiply
+and add, the plan is float64 arithmetic of Python numbers, and a codec's decoding is one multiplication.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from peer.aggregate import Plan, combine, make_plan, needs_gram
+from peer.compression import Codec, residual_into
+from peer.manifest import Manifest, join_hashes, norms_agree, part_hash, squared_norm
+from peer.parts import PartGrid
+
+_CHUNK_VALUES = 16 * 1024  # of a Gram matrix: 128 KB per contribution
+_ROUNDING = 1e-6  # relative, of sums of products: what a norm or a product may be beyond its bound
+
+
+class BadPartError(Exception):
+    """What a sender sent cannot be used; says why. Never leaves the all-reduce and the audit."""
+
+
+def checked_part(
+    codec: Codec,
+    grid: PartGrid,
+    manifest: Manifest,
+    expected_hash: bytes,
+    part: int,
+    data: bytes | bytearray | memoryview,
+) -> torch.Tensor:
+    """(grid.size(part),) float32: a part that is what its sender's manifest promised. Raises BadPartError."""
+    if len(data) != codec.size_bytes(grid.size(part)):
+        raise BadPartError(f"part {part} has {len(data)} bytes, a wrong shape")
+    if part_hash(data) != expected_hash:
+        raise BadPartError(f"part {part} is not the one that its manifest names")
+    try:
+        values = decoded(codec, data, grid.size(part))
+    except ValueError as error:
+        raise BadPartError(f"part {part} cannot be decoded: {error}") from error
+    squared = squared_norm(values)
+    if not math.isfinite(squared):
+        raise BadPartError(f"part {part} holds values that are not finite")
+    if not norms_agree(squared, manifest.squared_norms[part]):
+        raise BadPartError(
+            f"part {part} has norm {math.sqrt(squared):.4g}, its manifest says "
+            f"{math.sqrt(manifest.squared_norms[part]):.4g}"
+        )
+    return values
+
+
+def decoded(codec: Codec, data: bytes | bytearray | memoryview, num_values: int) -> torch.Tensor:
+    """(num_values,) float32; of a lossless codec a view of `data`, which may hold values that are not finite.
+
+    Raises ValueError.
+    """
+    if codec.is_lossy:
+        return codec.decode(data, num_values)
+    buffer = data if isinstance(data, bytearray) else bytearray(data)  # torch wants to be able to write
+    return torch.frombuffer(buffer, dtype=torch.float32)
+
+
+def plan_of(
+    aggregation: str,
+    screening: str,
+    weights: Sequence[float],
+    norms: Sequence[float | None],
+    figures: Sequence[np.ndarray],
+) -> Plan:
+    """What each member's values are multiplied with, in the order of the group.
+
+    `weights` from the signed records; `norms` from the manifests, None for who gave none; `figures`
+    one (n, n) Gram matrix per reducer, in the order of the reducers, not finite for who is not complete.
+    Raises ValueError for figures that no contributions have.
+    """
+    gram = None
+    if needs_gram(aggregation, screening):
+        gram = np.zeros((len(weights), len(weights)))
+        for matrix in figures:  # in this order on every member: float64 addition is not associative
+            gram = gram + matrix
+    is_in = [norm is not None and (gram is None or math.isfinite(gram[i, i])) for i, norm in enumerate(norms)]
+    present = [index for index, here in enumerate(is_in) if here]
+    plan = make_plan(
+        aggregation,
+        screening,
+        [weights[i] for i in present],
+        [norms[i] or 0.0 for i in present],
+        None if gram is None else gram[np.ix_(present, present)],
+    )
+    at = {index: position for position, index in enumerate(present)}
+    return Plan(
+        weights=tuple(plan.weights[at[i]] if i in at else 0.0 for i in range(len(weights))),
+        factors=tuple(plan.factors[at[i]] if i in at else 0.0 for i in range(len(weights))),
+        reasons=tuple(plan.reasons[at[i]] if i in at else "" for i in range(len(weights))),
+    )
+
+
+def gram_matrix(values: Sequence[torch.Tensor]) -> np.ndarray:
+    """(n, n) float64: inner products of n vectors (size,).
+
+    Its last bits differ between machines: the reducer's own are told to all, and nobody else's count.
+    Pair by pair, without BLAS: that wakes threads that finetuning needs.
+    """
+    arrays = [vector.numpy() for vector in values]
+    gram = np.zeros((len(arrays), len(arrays)))
+    for start in range(0, arrays[0].size if arrays else 0, _CHUNK_VALUES):
+        rows = [array[start : start + _CHUNK_VALUES].astype(np.float64) for array in arrays]
+        for i, first in enumerate(rows):
+            for j, second in enumerate(rows[: i + 1]):
+                gram[i, j] += np.einsum("k,k->", first, second)
+    return gram + np.tril(gram, -1).T
+
+
+def figures_problem(figures: np.ndarray, squared_norms: Sequence[float | None]) -> str:
+    """Why an (n, n) Gram matrix cannot be one of n slices with these squared norms; empty when it can.
+
+    A norm of None is not known. Who was not complete has a diagonal that is not finite, and is left out.
+    """
+    squares = np.diagonal(figures)
+    complete = np.flatnonzero(np.isfinite(squares))
+    if (squares[complete] < 0).any():
+        return "a square is negative"
+    for index in complete.tolist():
+        expected = squared_norms[index]
+        if expected is not None and not norms_agree(float(squares[index]), expected):
+            return f"contribution {index} has not the norm that its manifest says"
+    lengths = np.sqrt(squares[complete])
+    bounds = np.outer(lengths, lengths) * (1 + _ROUNDING)
+    if not (np.abs(figures[np.ix_(complete, complete)]) <= bounds).all():  # a NaN is not, either
+        return "a product is larger than the lengths of its vectors allow"
+    return ""
+
+
+def reduce_values(
+    aggregation: str,
+    values: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    size: int,
+) -> torch.Tensor:
+    """(size,) float32: what stands for one part of those that are in; zeros when nobody is."""
+    if not values:
+        return torch.zeros(size, dtype=torch.float32)
+    return combine(aggregation, values, weights)
+
+
+def encode_result(
+    codec: Codec, values: torch.Tensor, residual: torch.Tensor | None
+) -> tuple[bytes | memoryview, torch.Tensor | None]:
+    """The bytes of a result, with the error feedback of this part added; and the feedback for the next round.
+
+    `values` (size,) float32 is used up. Seide et al. 2014; Karimireddy et al. 2019, algorithm 1.
+    """
+    if not codec.is_lossy:
+        return codec.encode(values), None
+    if residual is not None:
+        np.add(values.numpy(), residual.numpy(), out=values.numpy())
+    data = codec.encode(values)
+    residual_into(values, data, codec)
+    return data, values
+
+
+def residual_hashes(residuals: Mapping[int, torch.Tensor], parts: range) -> str:
+    """The hashes of a reducer's feedback, by part; empty when there is none at all."""
+    if not any(part in residuals for part in parts):
+        return ""
+    return join_hashes(b"".join(residual_hash(residuals.get(part)) for part in parts))
+
+
+def residual_hash(residual: torch.Tensor | None) -> bytes:
+    """32 zeros stand for no feedback."""
+    if residual is None:
+        return bytes(32)
+    return part_hash(memoryview(residual.numpy()).cast("B"))  # type: ignore[arg-type]  # a numpy array is a buffer

@@ -1,0 +1,576 @@
+"""Does an audit find every reducer that lied, convict nobody else, and convince those who were not there?"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.agreement import Group
+from coordinator.network import PeerUnreachable
+from coordinator.records import RecordError, open_signed, sign
+from coordinator.transfer import serve_blobs
+from peer import allreduce, audit, reduction
+from peer.allreduce import Reduced, _Reducer
+from peer.audit import AuditService, Evidence, NotConclusive, RoundRecord, from_bytes, judge, to_bytes
+from peer.compression import CODECS
+from peer.manifest import MAX_SIGNED_BYTES, Manifest, Outgoing, Statement, join_hashes, split_hashes
+from peer.parts import PartGrid
+from tests.exchanges import NUM_PEERS, RUN, SIZE, Swarm, deltas, on_member, running_swarm
+from tests.fakes import CALL_SECONDS, hash_of, identity
+
+GRID = PartGrid(SIZE)
+RULES = (("mean", "none"), ("median", "norm"), ("centered_clipping", "none"), ("mean", "norm_cosine"))
+VICTIM = 1
+
+
+@dataclasses.dataclass
+class Audits:
+    """One audit service for each peer of a swarm, and whom each has convicted."""
+
+    swarm: Swarm
+    services: list[AuditService]
+    convicted: list[list[tuple[str, str, int]]]
+
+    def keep(
+        self,
+        results: Sequence[Reduced],
+        outgoing: Sequence[Outgoing],
+        rules: tuple[str, str],
+        *,
+        round: int = 1,
+        residuals: Sequence[Mapping[int, torch.Tensor]] | None = None,
+    ) -> list[RoundRecord]:
+        """What every member keeps of a committed round; its auditors know that it is of these rules."""
+        before = residuals or [{} for _ in results]
+        records = [
+            RoundRecord(round, *rules, own, result.statements, result.manifests, feedback)
+            for own, result, feedback in zip(outgoing, results, before, strict=True)
+        ]
+        for service, record in zip(self.services, records, strict=True):
+            service._rules = rules
+            service._record, service.traffic = None, type(service.traffic)()
+            service.keep(record)
+        return records
+
+    def audit(self, index: int, num_parts: int = 100) -> None:
+        """All parts of the others, unless told otherwise."""
+        network, service = self.swarm.networks[index], self.services[index]
+        network.run(service.audit(num_parts, random.Random(index)), timeout_seconds=CALL_SECONDS)
+
+    def collect(self, index: int, record: RoundRecord, member: str, part: int) -> Evidence:
+        statement = statement_in(record.statements[member])
+        network = self.swarm.networks[index]
+        return network.run(
+            self.services[index]._collect(record, statement, member, part), timeout_seconds=CALL_SECONDS
+        )
+
+    def settle(self) -> None:
+        """Until nobody checks an accusation any more."""
+
+        async def checked(service: AuditService) -> None:
+            while service._checking:
+                await asyncio.sleep(0.01)
+
+        for network, service in zip(self.swarm.networks, self.services, strict=True):
+            network.run(checked(service), timeout_seconds=CALL_SECONDS)
+
+    def forget(self) -> None:
+        for service, convicted in zip(self.services, self.convicted, strict=True):
+            service._record = None
+            service._convicted.clear()
+            service._liars.clear()
+            convicted.clear()
+
+
+def statement_in(signed: bytes) -> Statement:
+    return open_signed(signed, Statement, max_bytes=MAX_SIGNED_BYTES)[1]
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Audits]:
+    with running_swarm() as swarm:
+        convicted: list[list[tuple[str, str, int]]] = [[] for _ in swarm.networks]
+        services = []
+        for network, guilty in zip(swarm.networks, convicted, strict=True):
+            others = [peer for peer in swarm.peer_ids if peer != network.peer_id]
+            service = AuditService(
+                network,
+                RUN,
+                ("mean", "none"),
+                convict=_recorder(guilty),
+                live_peers=others.copy,
+            )
+            service.start()
+            serve_blobs(network, RUN, _opener(service))
+            services.append(service)
+        yield Audits(swarm, services, convicted)
+
+
+def _recorder(guilty: list[tuple[str, str, int]]) -> Callable[[str, str, int], None]:
+    return lambda reducer, why, round_: guilty.append((reducer, why, round_))
+
+
+def _opener(service: AuditService) -> Callable[[str], memoryview | None]:
+    return lambda key: service.open_evidence(key.removeprefix("evidence/"))
+
+
+@pytest.fixture
+def audits(started: Audits) -> Iterator[Audits]:
+    yield started
+    started.settle()
+    started.forget()
+    started.swarm.settle()
+
+
+def reduced(
+    audits: Audits, codec: str, rules: tuple[str, str], values: Sequence[torch.Tensor] | None = None
+) -> tuple[Group, list[Outgoing], list[Reduced]]:
+    group, outgoing = audits.swarm.group(), audits.swarm.prepare(values or deltas(), codec)
+    results = audits.swarm.reduce(group, outgoing, aggregation=rules[0], screening=rules[1])
+    return group, outgoing, results
+
+
+# Honest rounds.
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("rules", RULES, ids="-".join)
+def test_an_honest_round_convicts_nobody(audits: Audits, rules: tuple[str, str], codec: str) -> None:
+    values = deltas()
+    values[2] = values[2] * 50.0  # left out, where there is screening
+    _, outgoing, results = reduced(audits, codec, rules, values)
+    audits.keep(results, outgoing, rules)
+    audits.audit(0)
+    traffic = audits.services[0].traffic
+    owned = audits.swarm.owned(audits.swarm.group())
+    num_others = GRID.num_parts - len(owned[audits.swarm.peer_ids[0]])
+    assert (traffic.num_parts, traffic.num_not_conclusive) == (num_others, 0)
+    assert traffic.num_bytes_received > 0
+    audits.settle()
+    assert audits.convicted == [[]] * NUM_PEERS
+
+
+def test_a_sample_is_as_large_as_asked(audits: Audits) -> None:
+    _, outgoing, results = reduced(audits, "fp32", ("mean", "none"))
+    audits.keep(results, outgoing, ("mean", "none"))
+    audits.audit(0, num_parts=2)
+    assert audits.services[0].traffic.num_parts == 2
+    assert audits.services[0].traffic.num_bytes_received <= 2 * 3 * 4096  # three of four parts travel
+    sent = sum(service.traffic.num_bytes_sent for service in audits.services)
+    assert sent == audits.services[0].traffic.num_bytes_received
+
+
+def test_who_has_forgotten_audits_nothing_and_answers_nothing(
+    audits: Audits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the window the parts are free; one who still asks gets no answer, and convicts nobody."""
+    _, outgoing, results = reduced(audits, "fp32", ("mean", "none"))
+    monkeypatch.setattr(audit, "WINDOW_SECONDS", 0.0)
+    records = audits.keep(results, outgoing, ("mean", "none"))
+    ends_at = time.monotonic() + CALL_SECONDS
+    while any(service._record is not None for service in audits.services):
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+    audits.audit(0)
+    assert audits.services[0].traffic.num_not_conclusive == 0  # it did not ask
+    monkeypatch.undo()
+    audits.services[0].keep(records[0])
+    audits.audit(0)
+    assert audits.services[0].traffic.num_parts == 0
+    assert audits.services[0].traffic.num_not_conclusive > 0
+    assert audits.convicted == [[]] * NUM_PEERS
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk"])
+def test_rounds_with_error_feedback_can_be_audited(audits: Audits, codec: str) -> None:
+    """The residual of each part comes from its reducer, and its statement of the round names it."""
+    residuals: list[Mapping[int, torch.Tensor]] = [{} for _ in range(NUM_PEERS)]
+    for round_ in (1, 2, 3):
+        outgoing = audits.swarm.prepare(deltas(seed=round_), codec, round=round_)
+        group = audits.swarm.group(round=round_)
+        results = audits.swarm.reduce(group, outgoing, residuals=residuals)
+        records = audits.keep(results, outgoing, ("mean", "none"), round=round_, residuals=residuals)
+        audits.audit(0)
+        traffic = audits.services[0].traffic
+        assert traffic.num_not_conclusive == 0
+        assert traffic.num_parts >= 7
+        statement = statement_in(records[0].statements[audits.swarm.peer_ids[1]])
+        assert (statement.residuals_before != "") == (round_ > 1)
+        residuals = [result.residuals for result in results]
+    audits.settle()
+    assert audits.convicted == [[]] * NUM_PEERS
+
+
+# Liars.
+
+
+def lie_about(monkeypatch: pytest.MonkeyPatch, peer_id: str, part: int) -> None:
+    """A reducer that adds 1e-3 to one part before it is encoded, and signs what it sends."""
+    encode = reduction.encode_result
+    lying_threads: set[int] = set()  # each network has its own
+
+    def reduce_part(original: Any, self: _Reducer, which: int) -> Any:
+        if which == part:
+            lying_threads.add(threading.get_ident())
+        try:
+            return original(self, which)
+        finally:
+            lying_threads.discard(threading.get_ident())
+
+    def encode_lie(codec: Any, values: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        return encode(codec, values + 1e-3 if threading.get_ident() in lying_threads else values, residual)
+
+    monkeypatch.setattr(allreduce, "encode_result", encode_lie)
+    on_member(monkeypatch, _Reducer, "_reduce_part", peer_id, reduce_part)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_a_lying_reducer_is_found_and_everybody_convinced(
+    audits: Audits, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    group = audits.swarm.group()
+    liar = group.members[VICTIM]
+    part = audits.swarm.owned(group)[liar].start + 1
+    lie_about(monkeypatch, liar, part)
+    outgoing = audits.swarm.prepare(deltas(), codec)
+    results = audits.swarm.reduce(group, outgoing)
+    assert len({result.flat.numpy().tobytes() for result in results}) == 1  # so it was committed
+    audits.keep(results, outgoing, ("mean", "none"))
+    audits.audit(0)
+    audits.settle()
+    honest = [index for index in range(NUM_PEERS) if index != VICTIM]
+    for index in honest:
+        [(reducer, why, round_)] = audits.convicted[index]
+        assert (reducer, round_) == (liar, 1)
+        assert f"the result of part {part} is not what its senders' parts give" in why
+    assert all(not service._liars for service in audits.services)
+
+
+def test_evidence_convinces_one_who_kept_nothing(audits: Audits, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = audits.swarm.group()
+    liar = group.members[VICTIM]
+    part = audits.swarm.owned(group)[liar].start
+    lie_about(monkeypatch, liar, part)
+    outgoing = audits.swarm.prepare(deltas())
+    results = audits.swarm.reduce(group, outgoing)
+    records = audits.keep(results, outgoing, ("mean", "none"))
+    evidence = audits.collect(0, records[0], liar, part)
+    assert "not what its senders' parts give" in judge(from_bytes(to_bytes(evidence)), RUN)
+    honest_part = part + 1
+    assert judge(audits.collect(0, records[0], liar, honest_part), RUN) == ""
+
+
+def accuse(audits: Audits, accuser: int, evidence: bytes) -> list[BaseException | None]:
+    """Publish as evidence whatever it is; what each of the others answered."""
+    service, network = audits.services[accuser], audits.swarm.networks[accuser]
+    digest = hashlib.sha256(evidence).hexdigest()
+    service._published.data[digest] = evidence
+    body = {"run": RUN, "evidence": digest, "size_bytes": len(evidence)}
+    answers = [
+        network.submit(network.call(peer, "accuse", body, timeout_seconds=CALL_SECONDS))
+        for peer in audits.swarm.peer_ids
+        if peer != network.peer_id
+    ]
+    errors = [answer.exception(CALL_SECONDS) for answer in answers]
+    audits.settle()
+    return errors
+
+
+@pytest.mark.parametrize("kind", ["honest", "nonsense", "other rules"])
+def test_who_publishes_false_evidence_is_not_heard_again(
+    audits: Audits, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    group = audits.swarm.group()
+    liar = group.members[VICTIM]
+    part = audits.swarm.owned(group)[liar].start
+    lie_about(monkeypatch, liar, part)
+    outgoing = audits.swarm.prepare(deltas())
+    records = audits.keep(audits.swarm.reduce(group, outgoing), outgoing, ("mean", "none"))
+    guilty = audits.collect(0, records[0], liar, part)
+    false = {
+        "honest": to_bytes(audits.collect(0, records[0], liar, part + 1)),
+        "nonsense": b"nonsense",
+        "other rules": to_bytes(dataclasses.replace(guilty, aggregation="median")),
+    }[kind]
+    assert accuse(audits, 0, false) == [None] * 3
+    assert all(audits.services[index]._liars == {group.members[0]} for index in range(1, NUM_PEERS))
+    assert all(isinstance(error, PeerUnreachable) for error in accuse(audits, 0, to_bytes(guilty)))
+    assert audits.convicted == [[]] * NUM_PEERS
+    assert accuse(audits, 2, to_bytes(guilty)) == [None] * 3  # somebody else is heard
+    assert [reducer for reducer, _, _ in audits.convicted[3]] == [liar]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        [],
+        {"run": RUN},
+        {"run": hash_of("other"), "evidence": hash_of("x"), "size_bytes": 10},
+        {"run": RUN, "evidence": "x", "size_bytes": 10},
+        {"run": RUN, "evidence": hash_of("x"), "size_bytes": 0},
+        {"run": RUN, "evidence": hash_of("x"), "size_bytes": 10**12},
+    ],
+    ids=str,
+)
+def test_accusations_that_are_none(audits: Audits, body: Any) -> None:
+    network, peer = audits.swarm.networks[0], audits.swarm.peer_ids[1]
+    with pytest.raises(PeerUnreachable):
+        network.run(
+            network.call(peer, "accuse", body, timeout_seconds=CALL_SECONDS), timeout_seconds=CALL_SECONDS
+        )
+    assert not audits.services[1]._checking
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": hash_of("other")},
+        {"round": 2},
+        {"part": 10},
+        {"part": -1},
+        {"part": True},
+        {"part": "0"},
+        {"what": "delta"},
+        {"what": "residual"},
+    ],
+    ids=str,
+)
+def test_questions_that_are_not_answered(audits: Audits, change: dict[str, Any]) -> None:
+    _, outgoing, results = reduced(audits, "fp32", ("mean", "none"))
+    audits.keep(results, outgoing, ("mean", "none"))
+    network = audits.swarm.networks[0]
+
+    async def ask(body: dict[str, Any]) -> bytes:
+        stream = network.stream(audits.swarm.peer_ids[1], "audit", body, timeout_seconds=CALL_SECONDS)
+        return b"".join([part async for part in stream])
+
+    body = {"run": RUN, "round": 1, "part": 0, "what": "part"}
+    assert network.run(ask(body), timeout_seconds=CALL_SECONDS) == bytes(outgoing[1].parts[0])
+    with pytest.raises(PeerUnreachable):
+        network.run(ask({**body, **change}), timeout_seconds=CALL_SECONDS)
+
+
+# Judgments, without a network.
+
+
+@pytest.fixture(scope="module", params=[("fp32", RULES[0]), ("int8", RULES[2]), ("topk", RULES[3])], ids=str)
+def case(started: Audits, request: pytest.FixtureRequest) -> tuple[Evidence, Swarm]:
+    """Honest evidence of the second of two rounds, so that there is error feedback."""
+    codec, rules = request.param
+    swarm = started.swarm
+    options = {"aggregation": rules[0], "screening": rules[1]}
+    first = swarm.reduce(swarm.group(), swarm.prepare(deltas(), codec), **options)
+    residuals = [result.residuals for result in first]
+    outgoing = swarm.prepare(deltas(seed=2), codec)
+    group = swarm.group()
+    results = swarm.reduce(group, outgoing, residuals=residuals, **options)
+    records = started.keep(results, outgoing, rules, residuals=residuals)
+    liar = group.members[VICTIM]
+    evidence = started.collect(0, records[0], liar, swarm.owned(group)[liar].start)
+    started.forget()
+    swarm.settle()
+    return evidence, swarm
+
+
+def restated(case: tuple[Evidence, Swarm], change: Callable[[dict[str, Any]], Any]) -> Evidence:
+    """The evidence, had the reducer signed something else."""
+    evidence, swarm = case
+    statements = []
+    for signed in evidence.statements:
+        author, statement = open_signed(signed, Statement, max_bytes=MAX_SIGNED_BYTES)
+        if author == evidence.reducer:
+            fields = statement.model_dump()
+            change(fields)
+            signed = sign(Statement.model_validate(fields), swarm.identities[VICTIM]).to_bytes()
+        statements.append(signed)
+    return dataclasses.replace(evidence, statements=tuple(statements))
+
+
+def test_honest_evidence_acquits(case: tuple[Evidence, Swarm]) -> None:
+    assert judge(case[0], RUN) == ""
+    assert judge(restated(case, lambda _: None), RUN) == ""
+
+
+def _without_hashes(field: str) -> Callable[[dict[str, Any]], Any]:
+    """As many hashes as there are results, all zero."""
+    return lambda statement: statement.update(
+        {field: join_hashes(bytes(32 * len(split_hashes(statement["results"]))))}
+    )
+
+
+def test_a_changed_result_convicts(case: tuple[Evidence, Swarm]) -> None:
+    assert "the result of part" in judge(restated(case, _without_hashes("results")), RUN)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda s: s["senders"][0].update(weight=s["senders"][0]["weight"] * 2), "the weights"),
+        (lambda s: s["senders"][0].update(factor=0.5), "the factors"),
+        (lambda s: s["senders"][0].update(weight=0.0, num_parts=0), "the weights"),
+    ],
+)
+def test_changed_weights_convict(case: tuple[Evidence, Swarm], change: Any, why: str) -> None:
+    assert why in judge(restated(case, change), RUN)
+
+
+def test_a_changed_residual_convicts(case: tuple[Evidence, Swarm]) -> None:
+    evidence, _ = case
+    lie = restated(case, _without_hashes("residuals_after"))
+    if CODECS[evidence.codec].is_lossy:
+        assert "the error feedback of part" in judge(lie, RUN)
+    else:
+        assert judge(lie, RUN) == ""  # it has none, whatever it says
+
+
+def test_no_residual_where_there_was_one_changes_the_result(case: tuple[Evidence, Swarm]) -> None:
+    evidence, _ = case
+    if CODECS[evidence.codec].is_lossy:
+        assert "the result of part" in judge(restated(case, lambda s: s.update(residuals_before="")), RUN)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: dataclasses.replace(e, part=e.part + 5),
+        lambda e: dataclasses.replace(e, part=-1),
+        lambda e: dataclasses.replace(e, part=10**30),
+        lambda e: dataclasses.replace(e, codec="fp64"),
+        lambda e: dataclasses.replace(e, codec="bf16"),
+        lambda e: dataclasses.replace(e, num_values=SIZE + 1),
+        lambda e: dataclasses.replace(e, num_values=10**18),
+        lambda e: dataclasses.replace(e, num_values=-1),
+        lambda e: dataclasses.replace(e, aggregation="nonsense"),
+        lambda e: dataclasses.replace(e, reducer="nobody"),
+        lambda e: dataclasses.replace(e, statements=()),
+        lambda e: dataclasses.replace(e, statements=e.statements * 2),
+        lambda e: dataclasses.replace(e, statements=(b"{}", *e.statements)),
+        lambda e: dataclasses.replace(e, manifests=()),
+        lambda e: dataclasses.replace(e, manifests=e.manifests[1:]),
+        lambda e: dataclasses.replace(e, parts=e.parts[1:]),
+        lambda e: dataclasses.replace(e, parts=e.parts[::-1]),
+        lambda e: dataclasses.replace(e, parts=(bytes(len(e.parts[0])), *e.parts[1:])),
+        lambda e: dataclasses.replace(e, residual=e.residual + bytes(4)) if e.residual else None,
+        lambda e: dataclasses.replace(e, residual=bytes(len(e.residual))) if e.residual else None,
+        lambda e: dataclasses.replace(e, residual=b"") if e.residual else None,
+    ],
+)
+def test_evidence_that_does_not_hold_together(case: tuple[Evidence, Swarm], change: Any) -> None:
+    changed = change(case[0])
+    if changed is not None:  # None: this codec has no residual to change
+        with pytest.raises(NotConclusive):
+            judge(changed, RUN)
+
+
+def test_evidence_of_another_run(case: tuple[Evidence, Swarm]) -> None:
+    with pytest.raises(NotConclusive, match="another run"):
+        judge(case[0], hash_of("other"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.update(group=hash_of("other")),
+        lambda s: s.update(first_part=s["first_part"] + 1),
+        lambda s: s.update(results=join_hashes(bytes(32))),
+        lambda s: s.update(results=""),
+        lambda s: s["senders"].pop(),
+        lambda s: s["senders"][0].update(declared=5.0),
+        lambda s: s["senders"][0].update(manifest=hash_of("other")),
+    ],
+)
+def test_statements_that_do_not_hold_together(case: tuple[Evidence, Swarm], change: Any) -> None:
+    """None of them is a proof: a member would not have taken it, so it may be of another making."""
+    with pytest.raises(NotConclusive):
+        judge(restated(case, change), RUN)
+
+
+def test_an_accuser_cannot_choose_the_figures(case: tuple[Evidence, Swarm]) -> None:
+    """It is a reducer, too: with other figures of its own, or none, the honest weights would look wrong."""
+    evidence, swarm = case
+    author = swarm.identities[0]
+    others, own = [], None
+    for signed in evidence.statements:
+        peer_id, statement = open_signed(signed, Statement, max_bytes=MAX_SIGNED_BYTES)
+        if peer_id == author.peer_id:
+            own = statement
+        else:
+            others.append(signed)
+    assert own is not None
+    if not own.figures:
+        assert judge(dataclasses.replace(evidence, statements=tuple(others)), RUN) == ""  # nobody needs it
+        return
+    figures = [None if value is None else value * (2.0 + index) for index, value in enumerate(own.figures)]
+    changed = sign(own.model_copy(update={"figures": tuple(figures)}), author).to_bytes()
+    for statements in ((*others, changed), tuple(others)):
+        with pytest.raises(NotConclusive, match="figures"):
+            judge(dataclasses.replace(evidence, statements=statements), RUN)
+
+
+def test_a_manifest_of_somebody_else_is_no_manifest(case: tuple[Evidence, Swarm]) -> None:
+    """The same content, signed by another: the statement's sender never promised it."""
+    evidence, _ = case
+    manifests = [open_signed(data, Manifest, max_bytes=MAX_SIGNED_BYTES)[1] for data in evidence.manifests]
+    signed = tuple(sign(manifest, identity("stranger")).to_bytes() for manifest in manifests)
+    with pytest.raises(NotConclusive):
+        judge(dataclasses.replace(evidence, manifests=signed), RUN)
+
+
+# The wire.
+
+
+def test_evidence_through_the_wire(case: tuple[Evidence, Swarm]) -> None:
+    assert from_bytes(to_bytes(case[0])) == case[0]
+
+
+def test_every_cut_is_refused() -> None:
+    evidence = Evidence(
+        "mean", "none", "fp32", 10, 0, "a", (b"12", b"3"), (b"45",), (b"6789", b""), b"residual"
+    )
+    data = to_bytes(evidence)
+    assert from_bytes(data) == evidence
+    for length in range(len(data)):
+        with pytest.raises(RecordError):
+            from_bytes(data[:length])
+    with pytest.raises(RecordError):
+        from_bytes(data + b"\0")
+
+
+def test_every_cut_of_real_evidence_is_refused(case: tuple[Evidence, Swarm]) -> None:
+    """At each byte of the header, and at some of what follows, which is only counted."""
+    data = to_bytes(case[0])
+    header = 4 + int.from_bytes(data[:4], "big")
+    for length in (*range(header + 2), *range(header, len(data), 997), len(data) - 1):
+        with pytest.raises(RecordError):
+            from_bytes(data[:length])
+
+
+@given(st.binary(max_size=300))
+def test_bytes_that_are_no_evidence(data: bytes) -> None:
+    with pytest.raises(RecordError):
+        from_bytes(data)
+
+
+@given(st.data())
+def test_a_changed_byte_is_never_a_crash(data: st.DataObject) -> None:
+    evidence = to_bytes(Evidence("mean", "none", "fp32", 10, 0, "a", (b"{}",), (b"{}",), (b"6789",), b""))
+    changed = bytearray(evidence)
+    changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        parsed = from_bytes(bytes(changed))
+    except RecordError:
+        return
+    with pytest.raises(NotConclusive):
+        judge(parsed, RUN)

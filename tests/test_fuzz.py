@@ -1,0 +1,382 @@
+"""Does any bytes of a stranger ever raise anything but the project's own errors, in any parser of them?
+
+Each target gets raw bytes, arbitrary JSON, and valid messages with something in them replaced, signed anew
+where a signature would otherwise end it. The default is a few hundred inputs each; the slow run
+makes at least 100,000 in all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coordinator import records
+from coordinator.board import BoardValidator, board_key
+from coordinator.chain import Chain
+from coordinator.errors import SpecError
+from coordinator.membership import Membership
+from coordinator.network import _parse_request, is_entry_address
+from coordinator.records import (
+    Record,
+    RecordError,
+    Signed,
+    open_envelope,
+    open_signed,
+    parse_json,
+    parse_record,
+)
+from coordinator.spec import parse_spec
+from coordinator.transfer import parse_range
+from peer import manifest as manifests
+from peer.compression import CODECS
+from peer.genesis import _parse_manifest
+from peer.layout import TensorLayout, make_manifest
+from peer.manifest import Manifest, Statement, open_manifest, open_statement
+from peer.parts import PartGrid
+from tests.fakes import NOW, hash_of, identity, make_commit, make_heartbeat, make_spec, peer, signed_by
+
+CHAIN = Chain(make_spec())
+RUN = CHAIN.spec.digest
+KEY = DHTID.generate(source=board_key(RUN)).to_bytes()
+GRID = PartGrid(1000)
+NUM_INPUTS_SLOW = 100_000
+
+# --- inputs
+
+_text = st.text(st.characters(exclude_categories=()), max_size=20)  # lone surrogates included
+_scalar = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([2**63, -(2**63), 10**400, 2**53 + 1]),
+    st.floats(),
+    _text,
+    st.sampled_from([peer("a"), RUN, records.GENESIS, "", "A" * 88, "/ip4/1.2.3.4/tcp/1", "\x00", "\x1b[2J"]),
+)
+_json = st.recursive(
+    _scalar,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_text, inner, max_size=4),
+    max_leaves=8,
+)
+_DEEP = [
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"[" * 500 + b"]" * 500,
+    b"9" * 5000,
+    b"1e999",
+    b'"\\ud800"',
+    b"\xff\xfe",
+]
+_bytes = st.binary(max_size=200) | st.sampled_from(_DEEP)
+
+
+def encode(value: object) -> bytes:
+    return json.dumps(value).encode(errors="replace")
+
+
+@st.composite
+def changed(draw: st.DrawFn, valid: Any) -> Any:
+    """`valid` JSON with one to three of its values replaced, removed or added."""
+    value = copy.deepcopy(valid)
+    for _ in range(draw(st.integers(1, 3))):
+        value = _change(draw, value)
+    return value
+
+
+def _change(draw: st.DrawFn, value: Any) -> Any:
+    if isinstance(value, dict) and value and draw(st.integers(0, 4)):
+        key = draw(st.sampled_from(sorted(value)))
+        match draw(st.sampled_from(("inside", "inside", "remove", "add"))):
+            case "inside":
+                value[key] = _change(draw, value[key])
+            case "remove":
+                del value[key]
+            case _:
+                value[draw(_text)] = draw(_json)
+        return value
+    if isinstance(value, list) and value and draw(st.integers(0, 4)):
+        index = draw(st.integers(0, len(value) - 1))
+        match draw(st.sampled_from(("inside", "inside", "remove", "double"))):
+            case "inside":
+                value[index] = _change(draw, value[index])
+            case "remove":
+                del value[index]
+            case _:
+                value.insert(index, copy.deepcopy(value[index]))
+        return value
+    if isinstance(value, str) and value and draw(st.booleans()):
+        index = draw(st.integers(0, len(value) - 1))
+        return (
+            value[:index]
+            + draw(st.sampled_from([*string.printable[:70], "é", "\ud800", ""]))
+            + value[index + 1 :]
+        )
+    return draw(_json)
+
+
+def messages(valid: Any) -> st.SearchStrategy[bytes]:
+    return st.one_of(_bytes, _json.map(encode), changed(valid).map(encode))
+
+
+def signed_bytes(payload: Any) -> bytes:
+    """As a peer does that signs what is no record."""
+    data = encode(payload)
+    signature = identity("a").sign(records._SIGNATURE_DOMAIN + data)
+    return Signed(peer("a"), data, signature).to_bytes()
+
+
+def envelopes(valid: Record) -> st.SearchStrategy[bytes]:
+    """Honestly signed nonsense, and tampered envelopes."""
+    payload = valid.model_dump(mode="json")
+    envelope = json.loads(signed_bytes(payload))
+    return st.one_of(
+        changed(payload).map(signed_bytes), _json.map(signed_bytes), changed(envelope).map(encode), _bytes
+    )
+
+
+# --- what is valid
+
+HEARTBEAT = make_heartbeat(CHAIN, addresses=["/ip4/1.2.3.4/tcp/1"])
+COMMIT = make_commit(CHAIN, "abc")
+SIGNED_COMMIT = signed_by(COMMIT, "abc")
+PROPOSAL_VALUES: dict[str, Any] = {
+    "run": RUN,
+    "round": 1,
+    "attempt": 0,
+    "previous": CHAIN.tip,
+    "members": [Signed(peer("a"), b"{}", b"0" * 64).to_json()],
+    "electorate": [peer("a")],
+    "proposed_at": NOW,
+}
+MANIFEST_RECORD = Manifest(
+    run=RUN,
+    round=1,
+    previous=CHAIN.tip,
+    codec="fp32",
+    num_values=GRID.num_values,
+    hashes=manifests.join_hashes(b"h" * 32 * GRID.num_parts),
+    squared_norms=[1.0] * GRID.num_parts,
+)
+STATEMENT_VALUES: dict[str, Any] = {
+    "kind": "statement",
+    "run": RUN,
+    "group": hash_of("group"),
+    "first_part": 0,
+    "results": manifests.join_hashes(b"h" * 32),
+    "senders": [
+        {
+            "peer": peer("a"),
+            "manifest": hash_of("m"),
+            "declared": 1.0,
+            "is_planned": True,
+            "norm": 1.0,
+            "num_parts": 1,
+            "weight": 1.0,
+        }
+    ],
+    "figures": [1.0],
+}
+LAYOUT = TensorLayout(names=("a", "b"), shapes=((2, 3), (4,)))
+STATE = make_manifest(LAYOUT, torch.zeros(10))
+STATE_VALUES = {"layout": LAYOUT.to_json(), "chunks": list(STATE.chunk_hashes)}
+RANGE = {"run": RUN, "key": "state/x", "start": 0, "stop": 10}
+
+
+# --- targets
+
+
+@dataclass(frozen=True)
+class Target:
+    inputs: st.SearchStrategy[Any]
+    parse: Callable[[Any], object]
+    errors: tuple[type[Exception], ...]  # what may come out; anything else fails the test
+
+
+def parse_values(record_type: type[Record]) -> Callable[[bytes], object]:
+    def parse(data: bytes) -> object:
+        record = parse_record(parse_json(data), record_type)
+        return record.canonical()  # what was taken can be hashed and signed
+
+    return parse
+
+
+def open_as(record_type: type[Record]) -> Callable[[bytes], object]:
+    def parse(data: bytes) -> object:
+        author, record = open_signed(data, record_type)
+        assert author == peer("a")
+        return record.canonical()
+
+    return parse
+
+
+def parse_envelope(data: bytes) -> object:
+    return open_envelope(parse_json(data), records.PeerRecord)
+
+
+def extend_chain(data: bytes) -> object:
+    return CHAIN.extended(parse_record(parse_json(data), records.SignedCommit))
+
+
+def observe(data: bytes) -> object:
+    return Membership(CHAIN.spec, peer("me")).observe(data, now=NOW, claimed_by=peer("a"))
+
+
+def validate(entry: tuple[bytes, bytes, float]) -> object:
+    subkey, value, expires_at = entry
+    return BoardValidator(RUN, now=lambda: NOW).validate(DHTRecord(KEY, subkey, value, expires_at))
+
+
+def parse_state_manifest(data: bytes) -> object:
+    return _parse_manifest(data).state_hash
+
+
+def parse_request_of_range(data: bytes) -> object:
+    _, body = _parse_request(data)
+    return parse_range(body, RUN)
+
+
+def parse_manifest_record(data: bytes) -> object:
+    manifest = open_manifest(
+        data, sender=peer("a"), run=RUN, round=1, previous=CHAIN.tip, codec="fp32", grid=GRID
+    )
+    return manifest.norm, manifest.part_hashes(), manifest.digest
+
+
+def parse_statement(data: bytes) -> object:
+    statement = open_statement(data, reducer=peer("a"), run=RUN, group=hash_of("group"), parts=range(1))
+    return manifests.figures_of(statement), statement.digest
+
+
+def decode(entry: tuple[str, bytes, int]) -> object:
+    name, data, num_values = entry
+    decoded = CODECS[name].decode(data, num_values)
+    assert bool(torch.isfinite(decoded).all())
+    return decoded
+
+
+@st.composite
+def encoded_parts(draw: st.DrawFn) -> tuple[str, bytes, int]:
+    """Of the right size more often than not."""
+    name, num_values = draw(st.sampled_from(sorted(CODECS))), draw(st.integers(1, 200))
+    size = CODECS[name].size_bytes(num_values)
+    if draw(st.booleans()):
+        return name, draw(st.binary(min_size=size, max_size=size)), num_values
+    return name, draw(st.binary(max_size=300)), num_values
+
+
+def spec_texts() -> st.SearchStrategy[bytes]:
+    lines = make_spec().to_toml().splitlines()
+    line = (
+        st.sampled_from(lines) | _text | st.sampled_from(["seed = 1" + "0" * 5000, "[" * 5000, "a." * 2000])
+    )
+    return (
+        st.lists(line, max_size=len(lines)).map(lambda chosen: "\n".join(chosen).encode(errors="replace"))
+        | _bytes
+    )
+
+
+def board_entries() -> st.SearchStrategy[tuple[bytes, bytes, float]]:
+    pack = msgpack.packb
+    subkeys = st.sampled_from([pack(peer("a")), pack(None), b"", pack([1]), pack("x")]) | st.binary(
+        max_size=40
+    )
+    deep = st.sampled_from(
+        [b"\x91" * 5000 + b"\x90", b"\xc7\x02\x50\x93\x90", b"\xdd\xff\xff\xff\xff", b"\xd9"]
+    )
+    values = envelopes(HEARTBEAT).map(pack) | st.binary(max_size=60) | deep
+    return st.tuples(subkeys, values, st.floats())
+
+
+OWN = (RecordError,)
+TARGETS: dict[str, Target] = {
+    "json": Target(_bytes, parse_json, OWN),
+    "peer record": Target(messages(HEARTBEAT.model_dump(mode="json")), parse_values(records.PeerRecord), OWN),
+    "commit": Target(messages(COMMIT.model_dump(mode="json")), parse_values(records.Commit), OWN),
+    "proposal": Target(messages(PROPOSAL_VALUES), parse_values(records.Proposal), OWN),
+    "signed commit": Target(messages(SIGNED_COMMIT.model_dump(mode="json")), extend_chain, OWN),
+    "signed peer record": Target(envelopes(HEARTBEAT), open_as(records.PeerRecord), OWN),
+    "signed commit record": Target(envelopes(COMMIT), open_as(records.Commit), OWN),
+    "envelope": Target(envelopes(HEARTBEAT), parse_envelope, OWN),
+    "heartbeat": Target(envelopes(HEARTBEAT), observe, ()),
+    "board entry": Target(board_entries(), validate, ()),
+    "spec": Target(spec_texts(), lambda text: parse_spec(text, source="a peer"), (SpecError,)),
+    "state manifest": Target(messages(STATE_VALUES), parse_state_manifest, (RecordError, ValueError)),
+    "request": Target(messages({"method": "blob", "body": RANGE}), parse_request_of_range, OWN),
+    "address": Target(_text | st.text("/ip46tcp2dns.:0123456789", max_size=40), is_entry_address, ()),
+    "manifest": Target(envelopes(MANIFEST_RECORD), parse_manifest_record, OWN),
+    "statement": Target(
+        changed(STATEMENT_VALUES).map(signed_bytes) | messages(STATEMENT_VALUES), parse_statement, OWN
+    ),
+    "encoded part": Target(encoded_parts(), decode, (ValueError,)),
+}
+
+
+def fuzz(target: Target, num_inputs: int) -> int:
+    """How many inputs were tried."""
+    tried = 0
+
+    @settings(max_examples=num_inputs, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(target.inputs)
+    def run(data: Any) -> None:
+        nonlocal tried
+        tried += 1
+        try:
+            target.parse(data)
+        except target.errors:
+            return
+
+    run()
+    return tried
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_only_the_projects_own_errors_come_out(name: str) -> None:
+    fuzz(TARGETS[name], 200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_only_the_projects_own_errors_come_out_of_a_hundred_thousand_inputs() -> None:
+    each = NUM_INPUTS_SLOW // len(TARGETS) + 1
+    assert sum(fuzz(target, each) for target in TARGETS.values()) >= NUM_INPUTS_SLOW
+
+
+def test_what_is_valid_is_taken() -> None:
+    """Else the targets would be fuzzed at their doors only."""
+    assert parse_values(records.PeerRecord)(encode(HEARTBEAT.model_dump(mode="json")))
+    assert parse_values(records.Commit)(encode(COMMIT.model_dump(mode="json")))
+    assert parse_values(records.Proposal)(encode(PROPOSAL_VALUES))
+    assert extend_chain(encode(SIGNED_COMMIT.model_dump(mode="json")))
+    assert open_as(records.PeerRecord)(signed_bytes(HEARTBEAT.model_dump(mode="json")))
+    assert observe(signed_bytes(HEARTBEAT.model_dump(mode="json")))
+    value = msgpack.packb(signed_bytes(HEARTBEAT.model_dump(mode="json")))
+    assert validate((msgpack.packb(peer("a")), value, NOW))
+    assert parse_spec(make_spec().to_toml(), source="x").digest == RUN
+    assert parse_state_manifest(encode(STATE_VALUES)) == STATE.state_hash
+    assert parse_request_of_range(encode({"method": "blob", "body": RANGE})) == ("state/x", 0, 10)
+    assert parse_manifest_record(signed_bytes(MANIFEST_RECORD.model_dump(mode="json")))
+    assert parse_statement(signed_bytes(Statement.model_validate(STATEMENT_VALUES).model_dump(mode="json")))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), UnicodeEncodeError("utf-8", "x", 0, 1, "x"), RecursionError()]
+)
+def test_a_foreign_error_is_seen(error: Exception) -> None:
+    def parse(data: bytes) -> None:
+        if len(data) > 3:
+            raise error
+
+    with pytest.raises(type(error)):
+        fuzz(Target(_bytes, parse, (RecordError,)), 200)
