@@ -72,7 +72,7 @@ class LocalSwarm:
         self._on_event = on_event
         self._descendants_seconds = descendants_seconds
         self._changed = threading.Condition()
-        self._readers: list[threading.Thread] = []
+        self._readers: dict[SwarmProcess, threading.Thread] = {}
         self._descendants: set[psutil.Process] = set()
 
     def __enter__(self) -> LocalSwarm:
@@ -105,7 +105,7 @@ class LocalSwarm:
             target=self._read_events, args=(started,), name=f"events-{name}", daemon=True
         )
         self.processes.append(started)
-        self._readers.append(reader)
+        self._readers[started] = reader
         reader.start()
         return started
 
@@ -145,8 +145,8 @@ class LocalSwarm:
                 raise SwarmError(_with_log(message, process)) from None
             if exit_code != 0:
                 raise SwarmError(_with_log(f"{process.name} ended with exit code {exit_code}", process))
-        for reader in self._readers:
-            reader.join(max(0.0, ends_at - time.monotonic()) + 1.0)
+        for process in processes:
+            self._readers[process].join(max(0.0, ends_at - time.monotonic()) + 1.0)
 
     def kill(self, process: SwarmProcess) -> None:
         """SIGKILL to its whole group: as if its machine had lost power."""
@@ -176,7 +176,7 @@ class LocalSwarm:
             except subprocess.TimeoutExpired:
                 _signal_group(process, signal.SIGKILL)
                 process.process.wait()
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.join(5.0)
         self._kill_descendants()
 

@@ -1,0 +1,344 @@
+"""What does each fault cost the others? Every kind at every step of a round, with four real peers.
+
+    python -m scripts.fault_matrix                     # all cells; about half a minute each
+    python -m scripts.fault_matrix --only kill freeze  # some kinds
+
+A cell is a swarm of processes on loopback with a tiny model; one peer fails in round 2 (`tests/faults.py`),
+the others must hold one hash in every round, commit the next round, and their states must be the mean of
+the recorded contributions, part by part, against float64. Seconds lost: of the slowest survivor, from ready
+to committed in the round of the fault, beyond the same in the clean cell. Needs a checkout: the injector is
+in tests/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.cli import Parser, run_main
+from coordinator.errors import SwarmError
+from peer.model import load_backbone
+from peer.parts import PartGrid
+from peer.state import CheckpointStore
+from scripts.swarm_processes import LocalSwarm, SwarmProcess, sigterm_as_exit
+from tests.tiny_models import make_model_dir, make_texts
+
+NUM_PEERS = 4
+NUM_ROUNDS = 4
+LEASE_SECONDS = 5.0
+START_SECONDS = 120.0  # importing torch and transformers on a loaded machine
+CELL_SECONDS = 240.0
+LOOPBACK = ("--host-maddrs", "/ip4/127.0.0.1/tcp/0")
+TOLERANCE = 2e-6  # of a state against float64; the values are around 1
+MIDDLE = "middle-part"
+
+
+@dataclass(frozen=True)
+class Cell:
+    kind: str
+    step: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} at {self.step}"
+
+    @property
+    def num_rounds(self) -> int:
+        """A newcomer who is to download a state must come before the run is over."""
+        return 10 if self.step == "download" else NUM_ROUNDS
+
+
+CELLS = (
+    Cell("none", "ready"),
+    *(Cell("kill", step) for step in ("ready", "proposal", "first-part", MIDDLE, "last-part")),
+    *(Cell("kill", step) for step in ("first-result", "last-result", "commit", "download")),
+    *(Cell("freeze", step) for step in ("ready", "proposal", "first-part", MIDDLE, "first-result", "commit")),
+    *(Cell("freeze-2", step) for step in ("ready", "proposal", MIDDLE, "first-result", "commit")),
+    *(Cell("delay", step) for step in ("proposal", MIDDLE, "first-result", "commit")),
+    *(Cell("nan", step) for step in ("first-part", MIDDLE, "last-part")),
+    *(Cell("corrupt", step) for step in ("first-part", MIDDLE, "last-part", "download")),
+    *(Cell("wrong-shape", step) for step in ("first-part", MIDDLE, "last-part")),
+    Cell("wrong-norm", MIDDLE),
+    Cell("wrong-group", "first-part"),
+    Cell("wrong-weight", "ready"),
+    Cell("wrong-result", "first-result"),
+    Cell("truncated-state", "download"),
+    Cell("forged-record", "ready"),
+)
+LIES_IN_PARTS = ("nan", "wrong-norm", "wrong-shape", "corrupt")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: str
+    step: str
+    problems: tuple[str, ...]  # empty: as promised
+    what_happened: str
+    exchange_seconds: float  # of the slowest survivor, in the round of the fault
+    max_error: float  # of a state against float64
+
+
+def run_cell(cell: Cell, directory: Path) -> Outcome:
+    """Raises SwarmError when a survivor does not end in time."""
+    model = make_model_dir(directory / "pretrained")
+    dump = directory / "dump"
+    with LocalSwarm(directory / "logs") as swarm:
+        entry = _start_run(swarm, cell, model, directory)
+        faulty = {2, 3} if cell.step == "download" else {3}
+        peers = [
+            _start_peer(swarm, cell if index in faulty else Cell("none", "ready"), index, directory, entry)
+            for index in range(NUM_PEERS)
+        ]
+        honest = [peer for index, peer in enumerate(peers) if index not in faulty]
+        if cell.step == "download":
+            swarm.wait_for(honest[0], "committed", timeout_seconds=START_SECONDS)
+            honest.append(_start_peer(swarm, Cell("none", "ready"), NUM_PEERS, directory, entry))
+        swarm.wait_until_ended(honest, timeout_seconds=CELL_SECONDS)
+        _end_frozen(peers)
+    names = [process.name for process in honest]
+    commits = _commits(directory / names[0])
+    error = _largest_error(commits, model, dump, cell)
+    liar = _short_id(peers[3])
+    problems = [
+        *_hash_problems(honest, cell.num_rounds),
+        *_record_problems(cell, commits, liar, [directory / n for n in names]),
+    ]
+    if error > TOLERANCE:
+        problems.append(f"a state is {error:.1e} from the mean of the recorded contributions")
+    return Outcome(
+        cell.kind, cell.step, tuple(problems), _story(commits, liar), _seconds(directory, names), error
+    )
+
+
+def _start_run(swarm: LocalSwarm, cell: Cell, model: Path, directory: Path) -> list[str]:
+    flags = [
+        "--model",
+        str(model),
+        "--run-name",
+        "faults",
+        "--output-dir",
+        str(directory / "starter"),
+        *LOOPBACK,
+    ]
+    budget = ["--round-seconds", "5"] if cell.step == "download" else ["--round-examples", "16"]
+    rounds = ["--rounds", str(cell.num_rounds), *budget, "--min-peers", "3"]
+    limits = ["--lease-seconds", str(LEASE_SECONDS), "--round-limit-seconds", "20", "--audit-parts", "16"]
+    weights = ["--weights", "examples" if cell.kind == "wrong-weight" else "uniform"]
+    starter = swarm.start("starter", "coordinator.start", [*flags, *rounds, *limits, *weights])
+    started = swarm.wait_for(starter, "started", timeout_seconds=START_SECONDS)
+    return ["--run", started["spec_digest"], "--initial-peers", *started["initial_peers"]]
+
+
+def _start_peer(
+    swarm: LocalSwarm, cell: Cell, index: int, directory: Path, entry: Sequence[str]
+) -> SwarmProcess:
+    data = directory / f"{index}.jsonl"
+    texts, labels = make_texts(60, seed=index)
+    rows = (json.dumps({"text": t, "label": label}) for t, label in zip(texts, labels, strict=True))
+    data.write_text("\n".join(rows) + "\n")
+    injector = [cell.kind, cell.step, "--dump", str(directory / "dump"), "--", "peer.join"]
+    output = ["--data", str(data), "--output-dir", str(directory / f"peer{index}"), *LOOPBACK]
+    training = [
+        "--batch-size",
+        "8",
+        "--learning-rate",
+        "1e-3",
+        "--max-length",
+        "16",
+        "--linger-seconds",
+        "10",
+    ]
+    return swarm.start(f"peer{index}", "tests.faults", [*injector, *output, *training, *entry])
+
+
+def _end_frozen(peers: Sequence[SwarmProcess]) -> None:
+    for peer in peers:
+        if peer.exit_code is None:
+            os.killpg(peer.process.pid, signal.SIGKILL)
+
+
+# what came of it
+
+
+def _commits(directory: Path) -> list[dict[str, Any]]:
+    with CheckpointStore(directory) as store:
+        checkpoint = store.load()
+    if checkpoint is None:
+        raise SwarmError(f"{directory.name} has no checkpoint")
+    return [entry["commit"] for entry in checkpoint.commits]
+
+
+def _hash_problems(honest: Sequence[SwarmProcess], num_rounds: int) -> list[str]:
+    """Every round has one hash, and every survivor came to the last round."""
+    problems = []
+    hashes: dict[int, set[str]] = {}
+    for process in honest:
+        for event in process.of_kind("committed"):
+            hashes.setdefault(event["round"], set()).add(event["state_hash"])
+        stopped = process.of_kind("stopped")
+        if not stopped or stopped[0]["round"] != num_rounds:
+            problems.append(f"{process.name} did not come to round {num_rounds}")
+    problems += [f"round {r} has {len(h)} states" for r, h in sorted(hashes.items()) if len(h) > 1]
+    return problems
+
+
+def _record_problems(
+    cell: Cell, commits: Sequence[Mapping[str, Any]], liar: str, directories: Sequence[Path]
+) -> list[str]:
+    """Whoever lied must be named in the record of the round, or have been caught by the audit."""
+    contributions = [c for commit in commits for c in commit["contributors"]]
+    if cell.kind in LIES_IN_PARTS and cell.step != "download":
+        named = [c for c in contributions if c["peer"].endswith(liar) and c["missing"] and c["reason"]]
+        return [] if named else ["the liar is not named in any record"]
+    if cell.kind == "wrong-weight" and max(c["weight"] for c in contributions) > 4.0:
+        return ["a declared weight was not capped"]
+    if cell.kind == "wrong-result":
+        blind = [d.name for d in directories if liar not in _read_text(d / "excluded.jsonl")]
+        return [f"the audit of {', '.join(blind)} did not name the liar"] if blind else []
+    return []
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _short_id(process: SwarmProcess) -> str:
+    joined = process.of_kind("joined")
+    return str(joined[0]["peer_id"])[-8:] if joined else "?"
+
+
+def _story(commits: Sequence[Mapping[str, Any]], liar: str) -> str:
+    """The rounds in a few words: how many contributed, in which attempt, who is missing where."""
+    words = []
+    for commit in commits:
+        if commit["kind"] == "rollback":
+            words.append("rolled back")
+            continue
+        attempt = f", attempt {commit['attempt']}" if commit["attempt"] else ""
+        missing = [c for c in commit["contributors"] if c["missing"]]
+        partly = f", {len(missing)} in part" if missing else ""
+        words.append(f"{len(commit['contributors'])} peers{attempt}{partly}")
+    return "; ".join(words)
+
+
+def _seconds(directory: Path, names: Sequence[str]) -> float:
+    """From ready to committed in round 2 or 3, whichever was slower: the fault may hit either."""
+    slowest = 0.0
+    for name in names:
+        for line in _read_text(directory / name / "rounds.jsonl").splitlines():
+            entry = json.loads(line)
+            if entry["round"] >= 2:
+                seconds = entry["seconds"]
+                waited = sum(seconds.get(phase, 0.0) for phase in ("find_group", "allreduce", "commit"))
+                slowest = max(slowest, waited)
+    return slowest
+
+
+def _largest_error(commits: Sequence[Mapping[str, Any]], model: Path, dump: Path, cell: Cell) -> float:
+    """Of all states against the float64 mean of the recorded contributions, part by part."""
+    _, backbone = load_backbone(model)
+    state = backbone.numpy().astype(np.float64)
+    before, worst = state, 0.0
+    for commit in commits:
+        if commit["kind"] == "rollback":
+            state = before
+            continue
+        measured = _state(dump, commit["state_hash"])
+        if measured is None:  # a round that none of the survivors took part in
+            raise SwarmError(f"no peer held the state of round {commit['round']}")
+        if cell.kind != "wrong-result":  # its first round holds the lie
+            worst = max(worst, float(np.abs(measured - (state + _mean_delta(commit, dump))).max()))
+        before, state = state, measured.astype(np.float64)
+    return worst
+
+
+def _state(dump: Path, state_hash: str) -> np.ndarray | None:
+    path = dump / f"state-{state_hash[:16]}.npy"
+    return np.load(path) if path.exists() else None
+
+
+def _mean_delta(commit: Mapping[str, Any], dump: Path) -> np.ndarray:
+    total, weights = None, None
+    for contribution in commit["contributors"]:
+        delta = np.load(dump / f"delta-{commit['round']}-{contribution['peer'][-8:]}.npy").astype(np.float64)
+        grid = PartGrid(delta.size)
+        weight = np.full(delta.size, contribution["weight"], dtype=np.float64)
+        for first, stop in contribution["missing"]:
+            weight[grid.bounds(first)[0] : grid.bounds(stop - 1)[1]] = 0.0
+        total = weight * delta if total is None else total + weight * delta
+        weights = weight if weights is None else weights + weight
+    assert total is not None
+    assert weights is not None
+    return total / np.maximum(weights, 1e-30)
+
+
+# the command
+
+
+def _print(outcomes: Sequence[Outcome], console: Console) -> None:
+    clean = statistics.median([o.exchange_seconds for o in outcomes if o.kind == "none"] or [0.0])
+    table = Table(title="Faults, 4 peers, the others' view", title_justify="left")
+    for heading in ("fault", "step", "outcome", "rounds"):
+        table.add_column(heading)
+    table.add_column("seconds lost", justify="right")
+    table.add_column("error", justify="right")
+    for o in outcomes:
+        lost = "-" if o.kind == "none" else f"{max(0.0, o.exchange_seconds - clean):.1f}"
+        outcome = "as promised" if not o.problems else "; ".join(o.problems)
+        table.add_row(o.kind, o.step, outcome, o.what_happened, lost, f"{o.max_error:.0e}")
+    console.print(table)
+    console.print(f"clean: {clean:.1f} s from ready to committed")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    kinds = sorted({cell.kind for cell in CELLS} - {"none"})
+    parser = Parser(prog="python -m scripts.fault_matrix", description="What each fault costs the others.")
+    parser.add_argument("--only", nargs="+", choices=kinds, metavar="KIND", help="some kinds of faults")
+    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some steps")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the outcomes as JSON")
+    return parser.parse(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(lambda: _main(_parse(arguments)))
+
+
+def _main(flags: argparse.Namespace) -> int:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    cells = [
+        c
+        for c in CELLS
+        if c.kind == "none"
+        or ((not flags.only or c.kind in flags.only) and (not flags.steps or c.step in flags.steps))
+    ]
+    outcomes = []
+    with sigterm_as_exit():
+        for cell in cells:
+            with tempfile.TemporaryDirectory() as directory:
+                try:
+                    outcome = run_cell(cell, Path(directory))
+                except SwarmError as error:
+                    outcome = Outcome(cell.kind, cell.step, (str(error).splitlines()[0],), "", 0.0, 0.0)
+            outcomes.append(outcome)
+            console.print(f"{cell.name}: {'; '.join(outcome.problems) or 'as promised'}", soft_wrap=True)
+    _print(outcomes, console)
+    if flags.out is not None:
+        flags.out.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    return 1 if any(outcome.problems for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
