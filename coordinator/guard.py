@@ -145,6 +145,18 @@ class Guard:
             self._disconnecting.discard(peer_id)
 
 
+class _PendingCalls(dict[Any, "asyncio.Future[bytes]"]):
+    """Calls that wait for an answer; one that was cancelled does not.
+
+    hivemind sets the result of whatever it finds here. If a caller gave up in the same turn of the loop, that
+    raised, the only reader of answers ended, and with it every later unary call of this peer.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        future = self.get(call_id)
+        return future is not None and not future.done()
+
+
 class GuardedP2P(P2P):
     """hivemind's P2P behind a guard; `guarded` makes one."""
 
@@ -161,6 +173,7 @@ class GuardedP2P(P2P):
             await _handle_unary(p2p, control, call_id, request)
 
         control._handle_persistent_request, control._handler_tasks = handle, _RunningCalls()
+        control._pending_calls = _PendingCalls(control._pending_calls)
         # When the daemon dies this ends with an error that nobody waits for; the network's watch tells it.
         control._read_task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return p2p

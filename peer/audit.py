@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 MAX_EVIDENCE_BYTES = 64 * 1024 * 1024
 CALL_TIMEOUT_SECONDS = 10.0
+NUM_ATTEMPTS = 2  # to get one part from one peer
 WINDOW_SECONDS = 6.0  # after a commit: members commit within a second of each other, an audit takes less
 _LENGTH = struct.Struct(">I")
 
@@ -389,11 +390,19 @@ class AuditService:
         if peer_id == self._network.peer_id:
             return self._own(record, part, what)
         body = {"run": self._run_digest, "round": record.round, "part": part, "what": what}
-        limit = 4 * record.outgoing.grid.size(part) + 1024
+        num_values = record.outgoing.grid.size(part)
+        num_bytes = record.outgoing.codec.size_bytes(num_values) if what == "part" else 4 * num_values
+        data = b""
+        for _ in range(NUM_ATTEMPTS):  # one stream in a thousand ends before its first byte, without an error
+            if len(data) != num_bytes:
+                data = await self._ask(peer_id, body, num_bytes)
+        return data
+
+    async def _ask(self, peer_id: str, body: dict[str, Any], max_bytes: int) -> bytes:
         data = bytearray()
         async for chunk in self._network.stream(peer_id, "audit", body, timeout_seconds=CALL_TIMEOUT_SECONDS):
             data += chunk
-            if len(data) > limit:
+            if len(data) > max_bytes:
                 raise NotConclusive(f"{peer_id[-8:]} sent more than a part")
         self.traffic.num_bytes_received += len(data)
         return bytes(data)

@@ -582,14 +582,17 @@ class Session:
 
     def _keep_delta(self, delta: torch.Tensor) -> None:
         """What no commit holds: the next finetuning starts with it, cut to the norm that others had."""
-        norm = float(torch.linalg.vector_norm(delta))
+        self._kept_delta = self._cut(delta)
+
+    def _cut(self, vector: torch.Tensor) -> torch.Tensor | None:
+        """To the median norm of the last contributions: what is kept must not stand out. None: not finite."""
+        norm = float(torch.linalg.vector_norm(vector))
+        if not math.isfinite(norm):
+            return None
         commits = [c.commit for c in self._agreement.chain.commits if c.commit.contributors]
         others = [c.norm for c in commits[-1].contributors if c.norm > 0] if commits else []
-        if not math.isfinite(norm):
-            self._kept_delta = None
-            return
         cap = statistics.median(others) if others else norm
-        self._kept_delta = delta * (cap / norm) if norm > cap else delta
+        return vector * (cap / norm) if norm > cap else vector
 
     def _count_as_sent(self, delta: torch.Tensor, pending: _Pending) -> None:
         """What the commit holds of my delta is done; what compression cut off is kept for the next round."""
@@ -602,6 +605,8 @@ class Session:
         residuals = {} if reduced is None else reduced.residuals
         before = dict(self._feedback.reduced)
         self._feedback.committed(delta, outgoing, mine.missing, residuals)
+        if self._feedback.sent is not None:  # all of the delta, where a rule has left it out
+            self._feedback.sent = self._cut(self._feedback.sent)
         if reduced is not None:
             self._audit.keep(
                 RoundRecord(

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -345,6 +346,31 @@ def test_a_daemon_that_dies_or_freezes_is_replaced_and_all_is_as_before(
                 )
                 assert reading.run(reading.dht_get(key), timeout_seconds=CALL_SECONDS) == {"a": b"b"}
             assert second.is_daemon_alive()
+
+
+def test_calls_that_are_cancelled_as_their_answers_come_end_no_others(tmp_path: Path) -> None:
+    """hivemind's only reader of answers died of an answer to a call that nobody waited for any more."""
+
+    async def echo(_peer_id: str, _body: Any) -> bytes:
+        return b"{}"
+
+    async def cancel_and_call(network: Network, peer_id: str, rng: random.Random) -> bytes:
+        for _ in range(120):
+            calls = [
+                asyncio.ensure_future(network.call(peer_id, "echo", None, timeout_seconds=3.0))
+                for _ in range(4)
+            ]
+            await asyncio.sleep(rng.random() * 0.004)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            await asyncio.sleep(0.03)  # within the budget of one peer
+        return await network.call(peer_id, "echo", None, timeout_seconds=CALL_SECONDS)
+
+    with running_networks(2, tmp_path) as [first, second]:
+        first.on_call("echo", echo)
+        future = second.submit(cancel_and_call(second, first.peer_id, random.Random(0)))
+        assert future.result(3 * CALL_SECONDS) == b"{}"
 
 
 def test_a_call_whose_connection_breaks_can_be_made_again_and_a_refusal_is_not(tmp_path: Path) -> None:
