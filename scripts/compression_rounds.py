@@ -1,6 +1,6 @@
 """What does compression cost over many rounds? Four peers finetune real data for 20 rounds, in one process.
 
-    python -m scripts.compression_rounds --data-dir DATA --out FILE.json
+    python -m scripts.compression_rounds --data-dir DATA --out DIR
 
 DATA holds sst2/train.csv and so on. The same run is made with each codec, with error feedback at the senders
 and at the reducers as in a real session, and once with int4 and no feedback. Figure: head-only accuracy on
@@ -8,6 +8,7 @@ held-out rows, mean of the four tasks, and its difference to fp32. fp16 is the y
 far below a step of training, so its difference is what mere chance makes of two runs.
 
 Every round is fused twice from the encoded contributions, and both states are hashed: they must be equal.
+Each run that is done is kept in DIR, so the whole goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from coordinator.cli import Parser, positive, positive_int, run_main
-from coordinator.errors import SwarmError
+from coordinator.errors import SwarmError, UsageError
 from peer.compression import CODECS
 from peer.feedback import ErrorFeedback
 from peer.fusion import Fusion, Member, fuse
@@ -61,14 +64,14 @@ LINES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Course:
     """How one run went."""
 
-    encoded_bytes: int = 0  # of one peer's delta
-    state_hashes: list[str] = field(default_factory=list)  # after each round; both computations agree
-    correct: dict[int, list[np.ndarray]] = field(default_factory=dict)  # by round: per task, which rows
-    states: dict[int, torch.Tensor] = field(default_factory=dict)  # by round, where it was scored
+    encoded_bytes: int  # of one peer's delta
+    state_hashes: list[str]  # after each round; both computations agree
+    correct: dict[int, list[np.ndarray]]  # by round: per task, which rows are right
+    last_state: torch.Tensor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,24 +131,45 @@ def run_line(
 ) -> Course:
     """`first_deltas`: of the first round, which are the same for every line."""
     swarm = Swarm(line, peers, base)
-    course = Course(encoded_bytes=swarm.encoded_bytes)
+    hashes, correct = [], {}
     for round_ in rounds:
         if round_ == rounds.start:
             deltas = [delta.clone() for delta in first_deltas]
         else:
             deltas = [peer.delta(swarm.state, round_) for peer in peers]
-        course.state_hashes.append(swarm.round(round_, deltas))
+        hashes.append(swarm.round(round_, deltas))
         if round_ % evaluate_every == 0 or round_ == rounds[-1]:
-            course.correct[round_] = [peer.correct(swarm.state) for peer in peers]
-            course.states[round_] = swarm.state
-    return course
+            correct[round_] = [peer.correct(swarm.state) for peer in peers]
+    return Course(swarm.encoded_bytes, hashes, correct, swarm.state)
+
+
+def save_course(course: Course, file: Path) -> None:
+    tensors = {"state": course.last_state}
+    for round_, tasks in course.correct.items():
+        for number, rows in enumerate(tasks):
+            tensors[f"correct.{round_}.{number}"] = torch.from_numpy(rows)
+    metadata = {"hashes": " ".join(course.state_hashes), "encoded_bytes": str(course.encoded_bytes)}
+    save_file(tensors, file.with_suffix(".partial"), metadata)
+    file.with_suffix(".partial").replace(file)
+
+
+def load_course(file: Path) -> Course:
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+        names = [name.split(".") for name in stored.keys() if name != "state"]  # noqa: SIM118
+        at = sorted((int(round_), int(number)) for _, round_, number in names)
+        correct: dict[int, list[np.ndarray]] = {}
+        for round_, number in at:
+            correct.setdefault(round_, []).append(stored.get_tensor(f"correct.{round_}.{number}").numpy())
+        state = stored.get_tensor("state")
+    return Course(int(metadata["encoded_bytes"]), metadata["hashes"].split(), correct, state)
 
 
 def summary(courses: Mapping[str, Course], base: torch.Tensor) -> dict[str, Any]:
     """Per line: accuracies in percent, differences to fp32 in points, and how far apart the states are."""
     reference = courses["fp32"]
     last = max(reference.correct)
-    way = float(torch.linalg.vector_norm(reference.states[last] - base))
+    way = float(torch.linalg.vector_norm(reference.last_state - base))
     return {
         name: {
             "encoded_megabytes": course.encoded_bytes / 1e6,
@@ -156,7 +180,7 @@ def summary(courses: Mapping[str, Course], base: torch.Tensor) -> dict[str, Any]
                     [paired_difference(course.correct[r], reference.correct[r])[0] for r in course.correct]
                 )
             ),
-            "distance": float(torch.linalg.vector_norm(course.states[last] - reference.states[last])) / way,
+            "distance": float(torch.linalg.vector_norm(course.last_state - reference.last_state)) / way,
             "state_hashes": course.state_hashes,
         }
         for name, course in courses.items()
@@ -198,7 +222,7 @@ def print_summary(table: Mapping[str, Any], base_accuracy: float, console: Conso
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.compression_rounds", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="holds sst2/train.csv and so on")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figures as JSON")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on where it stopped")
     parser.add_argument("--model", type=Path, help="directory of an encoder (default: the packaged one)")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK")
     parser.add_argument("--codecs", nargs="+", choices=LINES, default=list(LINES), metavar="CODEC")
@@ -233,6 +257,8 @@ def _main(flags: argparse.Namespace) -> int:
         max_length=flags.max_length,
     )
     say(f"{', '.join(flags.tasks)}; seed {flags.seed}, {flags.rounds} rounds, {sizes}")
+    settings = {**asdict(sizes), "tasks": list(flags.tasks), "seed": flags.seed, "rounds": flags.rounds}
+    _check_folder(flags.out, settings)
     encoder = flags.model or embedded_encoder()
     base = load_backbone(encoder)
     tasks = load_tasks(flags.data_dir, flags.tasks, sizes, flags.seed)
@@ -242,18 +268,25 @@ def _main(flags: argparse.Namespace) -> int:
     first_deltas = [peer.delta(base[1], rounds.start) for peer in peers]
     courses: dict[str, Course] = {}
     for name in dict.fromkeys(("fp32", *flags.codecs)):
-        courses[name] = run_line(LINES[name], peers, base, first_deltas, rounds, flags.evaluate_every)
+        file = flags.out / f"{name}.safetensors"
+        if not file.exists():
+            save_course(run_line(LINES[name], peers, base, first_deltas, rounds, flags.evaluate_every), file)
+        courses[name] = load_course(file)
         say(f"{name}: {' '.join(f'{mean_accuracy(c):.2f}' for c in courses[name].correct.values())}")
-        table = summary(courses, base[1])
-        results = {
-            "settings": {**asdict(sizes), "tasks": list(flags.tasks), "seed": flags.seed},
-            "base": base_accuracy,
-            "codecs": table,
-            "seconds": round(time.monotonic() - started_at),
-        }
-        flags.out.write_text(json.dumps(results, indent=2) + "\n")
+    table = summary(courses, base[1])
+    results = {"settings": settings, "base": base_accuracy, "codecs": table}
+    (flags.out / "compression.json").write_text(json.dumps(results, indent=2) + "\n")
     print_summary(table, base_accuracy, console)
     return 0
+
+
+def _check_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UsageError where what lies there is of other settings."""
+    out.mkdir(parents=True, exist_ok=True)
+    file, text = out / "settings.json", json.dumps(settings, indent=2) + "\n"
+    if file.exists() and file.read_text() != text:
+        raise UsageError(f"{out} holds a run with other settings; name another --out")
+    file.write_text(text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from coordinator.errors import UsageError
 from peer.compression import CODECS
 from peer.layout import make_manifest
 from peer.model import load_backbone
@@ -51,9 +52,8 @@ def test_two_rounds_with_feedback_at_both_ends(encoder: Path, data_dir: Path, ha
 def test_the_table_is_printed_and_written(
     encoder: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "rounds.json"
     flags = [
-        *("--data-dir", str(data_dir), "--out", str(out), "--model", str(encoder), "--rounds", "3"),
+        *("--data-dir", str(data_dir), "--out", str(tmp_path), "--model", str(encoder), "--rounds", "3"),
         *("--tasks", "a", "b", "--codecs", "int8", "--evaluate-every", "2", "--round-examples", "16"),
         *("--train-examples", "40", "--eval-examples", "30", "--batch-size", "8"),
     ]
@@ -61,8 +61,14 @@ def test_the_table_is_printed_and_written(
     shown = capsys.readouterr().out
     assert "round 2" in shown
     assert "int8: " in shown
-    codecs = json.loads(out.read_text())["codecs"]
+    codecs = json.loads((tmp_path / "compression.json").read_text())["codecs"]
     assert list(codecs["int8"]["accuracy"]) == ["2", "3"]
     assert len(set(codecs["fp32"]["state_hashes"])) == 3
     assert codecs["fp32"]["distance"] == 0.0
     assert 0.0 < codecs["int8"]["distance"] < 1.0
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
+    (tmp_path / "int8.safetensors").unlink()  # as if it had been stopped in the second run
+    assert compression_rounds.main(flags) == 0
+    assert json.loads((tmp_path / "compression.json").read_text())["codecs"] == codecs
+    assert (tmp_path / "fp32.safetensors").stat().st_mtime_ns == written[tmp_path / "fp32.safetensors"]
+    assert compression_rounds.main([*flags, "--seed", "1"]) == UsageError.exit_code
