@@ -7,11 +7,14 @@ that this peer reduces lost. Both change only with a commit that contains them.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from coordinator.chain import Chain
 from peer.compression import residual_into
 from peer.manifest import Outgoing
 
@@ -65,3 +68,16 @@ class ErrorFeedback:
     def of(cls, sent: torch.Tensor | None, reduced: Mapping[str, torch.Tensor]) -> ErrorFeedback:
         """From a checkpoint: the residual of the own deltas, and what `reduced_by_name` gave."""
         return cls(sent, {int(name.removeprefix("part.")): values for name, values in reduced.items()})
+
+
+def cut_to_usual_norm(vector: torch.Tensor, chain: Chain) -> torch.Tensor | None:
+    """What a peer keeps for the next round must not stand out: at most the median norm of the last fusion's
+    contributions. `vector` itself where nothing is known or it is short enough; None where it is not finite.
+    """
+    norm = float(torch.linalg.vector_norm(vector))
+    if not math.isfinite(norm):
+        return None
+    commits = [signed.commit for signed in chain.commits if signed.commit.contributors]
+    others = [c.norm for c in commits[-1].contributors if c.norm > 0] if commits else []
+    cap = statistics.median(others) if others else norm
+    return vector * (cap / norm) if norm > cap else vector

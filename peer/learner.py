@@ -62,27 +62,51 @@ class Learner:
     ) -> None:
         """`model_dir` holds config and tokenizer; `flat` (num_values,) is the backbone to begin with."""
         self.task: Task = data.task
-        self._config, self._seed, self._layout = config, seed, layout
+        self._config, self._seed, self._layout, self._model_dir = config, seed, layout, model_dir
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model_dir)
-        self.model: PreTrainedModel = load_classifier(
+        self._model: PreTrainedModel | None = load_classifier(
             model_dir, data.task, seed=seed, backbone=(layout, flat)
         )
+        self._sleeping_head: dict[str, torch.Tensor] = {}  # while there is no model
         self._held_out = self._tokenize(data.validation, lambda f: on_progress(0.2 * f))
         self._train = self._tokenize(data.train, lambda f: on_progress(0.2 + 0.8 * f))
         self._probe_train = _sample(self._train, 2 * eval_examples, seed)
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """Raises RuntimeError between `unload` and the next `load_backbone`."""
+        if self._model is None:
+            raise RuntimeError("the model is unloaded: load_backbone first")
+        return self._model
+
+    def unload(self) -> None:
+        """Give up the memory of the model, but for the head. So that many learners fit into one process."""
+        if self._model is not None:
+            self._sleeping_head, self._model = self.head_state(), None
+            release_freed_memory()
+
     def load_backbone(self, flat: torch.Tensor) -> None:
-        import_backbone(self.model, self._layout, flat)
+        """(num_values,) float32, copied into the model, which is made anew where it was unloaded."""
+        if self._model is None:
+            backbone = (self._layout, flat)
+            self._model = load_classifier(self._model_dir, self.task, seed=self._seed, backbone=backbone)
+            self.load_head_state(self._sleeping_head)
+        else:
+            import_backbone(self._model, self._layout, flat)
 
     def export_backbone(self) -> torch.Tensor:
         """(num_values,) float32 copy."""
         return export_backbone(self.model, self._layout)
 
     def head_state(self) -> dict[str, torch.Tensor]:
-        return head_state(self.model)
+        """Copies, by name; also of a learner that is unloaded."""
+        return dict(self._sleeping_head) if self._model is None else head_state(self._model)
 
     def load_head_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        load_head_state(self.model, state)
+        if self._model is None:
+            self._sleeping_head = dict(state)
+        else:
+            load_head_state(self._model, state)
 
     def evaluate_base(self, round_: int, *, on_progress: Progress = lambda _: None) -> Evaluation:
         """Score the backbone that a round begins with, and leave the head where that round begins.

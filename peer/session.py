@@ -11,9 +11,7 @@ import asyncio
 import concurrent.futures
 import json
 import logging
-import math
 import random
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -40,7 +38,7 @@ from peer.compression import CODECS
 from peer.config import PeerConfig
 from peer.data import TaskData
 from peer.display import Accuracy, ProgressBar, Reporter
-from peer.feedback import ErrorFeedback
+from peer.feedback import ErrorFeedback, cut_to_usual_norm
 from peer.finetune import Budget
 from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
 from peer.layout import TensorLayout
@@ -582,17 +580,7 @@ class Session:
 
     def _keep_delta(self, delta: torch.Tensor) -> None:
         """What no commit holds: the next finetuning starts with it, cut to the norm that others had."""
-        self._kept_delta = self._cut(delta)
-
-    def _cut(self, vector: torch.Tensor) -> torch.Tensor | None:
-        """To the median norm of the last contributions: what is kept must not stand out. None: not finite."""
-        norm = float(torch.linalg.vector_norm(vector))
-        if not math.isfinite(norm):
-            return None
-        commits = [c.commit for c in self._agreement.chain.commits if c.commit.contributors]
-        others = [c.norm for c in commits[-1].contributors if c.norm > 0] if commits else []
-        cap = statistics.median(others) if others else norm
-        return vector * (cap / norm) if norm > cap else vector
+        self._kept_delta = cut_to_usual_norm(delta, self._agreement.chain)
 
     def _count_as_sent(self, delta: torch.Tensor, pending: _Pending) -> None:
         """What the commit holds of my delta is done; what compression cut off is kept for the next round."""
@@ -606,7 +594,7 @@ class Session:
         before = dict(self._feedback.reduced)
         self._feedback.committed(delta, outgoing, mine.missing, residuals)
         if self._feedback.sent is not None:  # all of the delta, where a rule has left it out
-            self._feedback.sent = self._cut(self._feedback.sent)
+            self._feedback.sent = cut_to_usual_norm(self._feedback.sent, self._agreement.chain)
         if reduced is not None:
             self._audit.keep(
                 RoundRecord(

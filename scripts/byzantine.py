@@ -33,7 +33,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -54,7 +54,15 @@ from peer.layout import make_manifest
 from peer.model import load_backbone
 from peer.outer import outer_step
 from scripts.demo import embedded_encoder
-from scripts.local_peers import LocalPeer, Sizes, load_tasks, mean_accuracy, paired_difference
+from scripts.local_peers import (
+    LocalPeer,
+    Sizes,
+    load_tasks,
+    mean_accuracy,
+    noise_as_long_as,
+    paired_difference,
+    shuffled_labels,
+)
 
 HONEST = ("sst2", "tweet_emotion", "tweet_offensive", "ag_news", "subj", "snli")
 LIARS = ("cola", "qqp")  # two more families; in "clean" their peers are honest
@@ -120,7 +128,9 @@ def lies(
         norms = sorted(float(torch.linalg.vector_norm(delta)) for delta in honest)
         length = norms[len(norms) // 2]
         if condition == "noise":
-            return {name: _noise(length, honest[0], seed + i) for i, name in enumerate(liars)}
+            return {
+                name: noise_as_long_as(length, honest[0].numel(), seed + i) for i, name in enumerate(liars)
+            }
         mean = _shifted_mean(honest, 0.0)
         return dict.fromkeys(liars, mean * (-length / float(torch.linalg.vector_norm(mean))))
     z = 1.5 if condition == "little_1.5" else baruch_z(len(honest) + len(liars), len(liars))
@@ -200,7 +210,9 @@ class Study:
             return LocalPeer(name, data, encoder, base, settings.sizes, numbered[name])
 
         self._peers = {name: peer(name, tasks[name]) for name in numbered}
-        self._misled = {name: peer(name, _shuffled(tasks[name], numbered[name])) for name in settings.liars}
+        self._misled = {
+            name: peer(name, shuffled_labels(tasks[name], numbered[name])) for name in settings.liars
+        }
 
     def run(self, cells: Sequence[Cell]) -> None:
         for round_ in range(1, self.settings.num_rounds + 1):
@@ -384,21 +396,6 @@ def print_summary(table: Mapping[str, Any], conditions: Sequence[str], console: 
 
 
 # ---- helpers ------------------------------------------------------------------------------
-
-
-def _shuffled(data: TaskData, seed: int) -> TaskData:
-    """The training labels, dealt out anew among the examples."""
-    labels = data.train["label"][:]
-    order = np.random.default_rng(seed).permutation(len(labels))
-    features = data.train.features
-    columns = {**data.train[:], "label": [labels[i] for i in order]}
-    return replace(data, train=datasets.Dataset.from_dict(columns, features=features))
-
-
-def _noise(length: float, like: torch.Tensor, seed: int) -> torch.Tensor:
-    noise = torch.randn(like.numel(), generator=torch.Generator().manual_seed(seed))
-    noise *= length / float(torch.linalg.vector_norm(noise))
-    return noise
 
 
 def _shifted_mean(honest: Sequence[torch.Tensor], z: float) -> torch.Tensor:

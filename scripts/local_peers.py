@@ -133,6 +133,21 @@ def identity_of(name: str, seed: int) -> Identity:
     return Identity(private_key=key, path=Path(), peer_id=peer_id_of(key.public_key()))
 
 
+def shuffled_labels(data: TaskData, seed: int) -> TaskData:
+    """The training labels, dealt out anew among the examples."""
+    labels = data.train["label"][:]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    columns = {**data.train[:], "label": [labels[i] for i in order]}
+    return replace(data, train=Dataset.from_dict(columns, features=data.train.features))
+
+
+def noise_as_long_as(length: float, num_values: int, seed: int) -> torch.Tensor:
+    """(num_values,) float32: normal noise of that norm."""
+    noise = torch.randn(num_values, generator=torch.Generator().manual_seed(seed))
+    noise *= length / float(torch.linalg.vector_norm(noise))
+    return noise
+
+
 def paired_difference(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, float]:
     """Points by which the accuracy of `one` is above `other`, mean over the tasks, and its standard error.
 

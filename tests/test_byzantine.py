@@ -15,7 +15,14 @@ from coordinator.errors import UsageError
 from peer.model import load_backbone
 from scripts import byzantine
 from scripts.byzantine import Cell, Settings, Study, baruch_z, lies
-from scripts.local_peers import LocalPeer, Sizes, load_tasks, mean_accuracy, paired_difference
+from scripts.local_peers import (
+    LocalPeer,
+    Sizes,
+    load_tasks,
+    mean_accuracy,
+    paired_difference,
+    shuffled_labels,
+)
 from tests.tiny_models import make_model_dir, make_texts
 
 SIZES = Sizes(
@@ -129,7 +136,7 @@ def test_labels_with_other_names_are_no_attack_but_shuffled_ones_are(encoder: Pa
     base, data = load_backbone(encoder), load_tasks(data_dir, "a", SIZES, 0)["a"]
     swapped = data.train.map(lambda row: {"label": 1 - row["label"]})
     renamed = replace(data, train=swapped)
-    shuffled = byzantine._shuffled(data, 0)
+    shuffled = shuffled_labels(data, 0)
     assert sorted(shuffled.train["label"]) == sorted(data.train["label"])
     assert shuffled.train["text"][:] == data.train["text"][:]
     deltas = [LocalPeer("a", d, encoder, base, SIZES, 0).delta(base[1], 1) for d in (data, renamed, shuffled)]

@@ -14,7 +14,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, pipeline
 
+from coordinator.spec import load_spec
+from peer.data import DataConfig, load_task_data
+from peer.finetune import FinetuneConfig
+from peer.genesis import load_first_state
 from peer.state import CheckpointStore
+from scripts.simulation import Contributor, SimulatedSwarm
 from scripts.swarm_processes import LocalSwarm, SwarmProcess
 from tests.tiny_models import make_model_dir, make_texts
 
@@ -83,6 +88,39 @@ def rounds_file(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
 
 
+def check_against_simulation(tmp_path: Path, names: Sequence[str]) -> None:
+    """The same job in one process gives the same backbone. Not the same bits: the group has another order."""
+    spec = load_spec(tmp_path / names[0] / "run.toml")
+    model_dir = tmp_path / "pretrained"
+    first = load_first_state(spec, model_dir)
+    assert first is not None
+    contributors = [
+        Contributor(
+            name,
+            load_task_data(DataConfig(data=str(tmp_path / f"{name}.jsonl"), max_eval_examples=256)),
+            seed=0,
+        )
+        for name in names
+    ]
+    config = FinetuneConfig(learning_rate=1e-3, per_device_train_batch_size=8, max_length=16)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes of the swarm
+    try:
+        swarm = SimulatedSwarm(spec, model_dir, first, contributors, config, eval_examples=256, seed=0)
+        while not swarm.is_done:
+            swarm.step()
+    finally:
+        torch.set_num_threads(num_threads)
+    with CheckpointStore(tmp_path / names[0]) as store:
+        checkpoint = store.load()
+    assert checkpoint is not None
+    assert checkpoint.round == swarm.chain.round
+    way = float((checkpoint.flat - first.flat).norm())
+    apart = float((checkpoint.flat - swarm.state.flat).norm())
+    assert way > 1e-2
+    assert apart < 0.02 * way
+
+
 def test_three_peers_with_three_kinds_of_task(tmp_path: Path) -> None:
     kinds = ("single", "pair", "regression")
     with LocalSwarm(tmp_path / "logs") as swarm:
@@ -108,6 +146,7 @@ def test_three_peers_with_three_kinds_of_task(tmp_path: Path) -> None:
         assert set(rounds[0]["accuracy"]) == {"base", "own", "fused"}
         assert peer.of_kind("stopped")[0]["round"] == 2
     check_models(tmp_path, "pair", "single")
+    check_against_simulation(tmp_path, kinds)
 
 
 def check_models(tmp_path: Path, *names: str) -> None:
