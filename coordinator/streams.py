@@ -91,19 +91,20 @@ class FrameStream:
 
         `into`: for a kind whose frames are as long as a buffer, that buffer, which is filled and returned.
         """
-        try:
-            header = bytearray(_HEADER.size)
-            await self._protocol.read_into(header)
-            kind, length = _HEADER.unpack(header)
+
+        def room(kind: int, length: int) -> bytearray | memoryview | None:
             if length > max_bytes.get(kind, -1):
-                self.close()
-                raise StreamError(f"{self.peer_id[-8:]} sent a frame of kind {kind} with {length} bytes")
-            payload: bytearray | memoryview | None = (into or {}).get(kind)
-            if payload is None or len(payload) != length:
-                payload = bytearray(length)
-            await self._protocol.read_into(payload)
+                return None
+            payload = into.get(kind) if into else None
+            return payload if payload is not None and len(payload) == length else bytearray(length)
+
+        try:
+            kind, length, payload = await self._protocol.read_frame(room)
         except (OSError, EOFError) as error:
             raise StreamError(f"the stream from {self.peer_id[-8:]} ended") from error
+        if payload is None:
+            self.close()
+            raise StreamError(f"{self.peer_id[-8:]} sent a frame of kind {kind} with {length} bytes")
         self.traffic.num_bytes_received += _HEADER.size + length
         return kind, payload
 
@@ -112,37 +113,45 @@ class FrameStream:
             self._transport.close()
 
 
+_Room = Callable[[int, int], bytearray | memoryview | None]  # for a kind and a length; None: not taken
+_Frame = tuple[int, int, bytearray | memoryview | None]  # kind, length, payload
+
+
 class _FrameProtocol(asyncio.BufferedProtocol):
-    """Reads exactly as much as was asked for, without a copy; nothing is read ahead."""
+    """Reads frames straight to where they are wanted. Of a frame that nobody waits for, the header alone.
+
+    One future per frame, and the socket stays registered between frames: a future and two calls of epoll
+    for each header as well took 40% of an exchange's time in Python.
+    """
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
-        self._target = memoryview(b"")
-        self._num_read = 0
-        self._reading: asyncio.Future[None] | None = None
+        self._header = bytearray(_HEADER.size)
+        self._payload: bytearray | memoryview | None = None  # None: the header comes first
+        self._target, self._num_read = memoryview(self._header), 0
+        self._room: _Room | None = None  # of who waits for a frame
+        self._reading: asyncio.Future[_Frame] | None = None
         self._draining: asyncio.Future[None] | None = None
         self._is_paused = self._is_closed = False
 
-    async def read_into(self, buffer: bytearray | memoryview) -> None:
-        """Fill it. Raises EOFError when the stream ends before."""
-        if len(buffer) == 0:
-            return
+    async def read_frame(self, room: _Room) -> _Frame:
+        """The next one, read to what `room` gives. Raises EOFError when the stream ends before."""
         if self._reading is not None:
             raise RuntimeError("two readers of one stream")
         if self._is_closed or self.transport is None:
             raise EOFError
-        self._target, self._num_read = memoryview(buffer), 0
-        self._reading = asyncio.get_running_loop().create_future()
-        self.transport.resume_reading()
+        self._room, self._reading = room, asyncio.get_running_loop().create_future()
+        self._advance()
+        if not self._reading.done():
+            self.transport.resume_reading()
         try:
-            await self._reading
+            return await self._reading
         finally:
             if self._reading.done() and not self._reading.cancelled():
                 self._reading.exception()  # looked at, also where the reader was cancelled at that instant
-            self._reading = None
-            self._target = memoryview(b"")
-            if not self._is_closed:
+            elif not self._is_closed:
                 self.transport.pause_reading()
+            self._room = self._reading = None
 
     async def drained(self) -> None:
         if self._is_closed or self.transport is None or self.transport.is_closing():
@@ -159,9 +168,24 @@ class _FrameProtocol(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._num_read += nbytes
-        if self._num_read == len(self._target) and self.transport is not None:
+        self._advance()
+
+    def _advance(self) -> None:
+        """From a complete header to its payload, from a complete payload to the next header."""
+        if self._num_read < len(self._target) or self.transport is None:
+            return
+        if self._room is None or self._reading is None or self._reading.done():
             self.transport.pause_reading()
-            _finish(self._reading)
+            return
+        kind, length = _HEADER.unpack(self._header)
+        if self._payload is None:
+            self._payload = self._room(kind, length)
+            if self._payload is not None and length > 0:
+                self._target, self._num_read = memoryview(self._payload), 0
+                return
+        frame = kind, length, self._payload
+        self._payload, self._target, self._num_read = None, memoryview(self._header), 0
+        self._reading.set_result(frame)
 
     def eof_received(self) -> bool:
         self._end(EOFError())
@@ -173,7 +197,8 @@ class _FrameProtocol(asyncio.BufferedProtocol):
 
     def _end(self, why: Exception) -> None:
         self._is_closed = True
-        _finish(self._reading, why)
+        if self._reading is not None and not self._reading.done():
+            self._reading.set_exception(why)
 
     def pause_writing(self) -> None:
         self._is_paused = True

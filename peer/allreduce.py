@@ -286,7 +286,8 @@ class _Exchange:
         self._squared_norms = dict.fromkeys(self._owned, 0.0)  # of results taken
         self._streams: set[FrameStream] = set()
         self.traffic = Traffic()
-        self.changed = asyncio.Condition()
+        self.changed = asyncio.Condition()  # something came from another member
+        self.made = asyncio.Condition()  # there is something for the senders: a result, figures, a statement
         self.reducer = _Reducer(self, self._owned[self.own], residuals)
         self._reducing = asyncio.ensure_future(self.reducer.run())
 
@@ -369,6 +370,10 @@ class _Exchange:
         async with self.changed:
             self.changed.notify_all()
 
+    async def notify_made(self) -> None:
+        async with self.made:
+            self.made.notify_all()
+
     # as a member: send parts, take results
 
     async def _exchange_with(self, member: str) -> None:
@@ -431,6 +436,7 @@ class _Exchange:
 
     async def _take_results(self, stream: FrameStream, member: str) -> None:
         num_bytes = self.codec.size_bytes(self.grid.part_values)
+        scratch = memoryview(bytearray(num_bytes if self.codec.is_lossy else 0))  # decoded at once
         accepted = {
             _ALIVE: 0,
             _FIGURES: 8 * len(self.group.members) ** 2 if self.is_two_phase else -1,
@@ -439,7 +445,7 @@ class _Exchange:
         }
         while True:
             async with asyncio.timeout(self.stall_limit(member, num_bytes)):
-                kind, payload = await stream.receive(accepted, self._room_for_result(member))
+                kind, payload = await stream.receive(accepted, self._room_for_result(member, scratch))
             if kind == _RESULT:
                 self.take_result(member, payload)
             elif kind == _FIGURES:
@@ -448,10 +454,12 @@ class _Exchange:
                 self.take_statement(member, bytes(payload))
                 return
 
-    def _room_for_result(self, member: str) -> dict[int, memoryview]:
-        """Where the next result of a lossless codec can be read to without a copy."""
+    def _room_for_result(self, member: str, scratch: memoryview) -> dict[int, memoryview]:
+        """Where the next result can be read to: of a lossless codec its place, without a copy."""
         part = self._owned[member].start + len(self._hashes[member])
-        if self.codec.is_lossy or part >= self._owned[member].stop:
+        if self.codec.is_lossy:
+            return {_RESULT: scratch}
+        if part >= self._owned[member].stop:
             return {}
         start, stop = self.grid.bounds(part)
         return {_RESULT: self._result_bytes[4 * start : 4 * stop]}
@@ -472,6 +480,10 @@ class _Exchange:
             raise GroupFailed(member, f"sent a result that is not finite, part {part}")
         self._hashes[member].append(part_hash(data))
         self._squared_norms[member] += squared
+
+    def result_hashes(self, member: str) -> Sequence[bytes]:
+        """Of the results taken, in the order of its parts."""
+        return self._hashes[member]
 
     def _decode_into(self, values: torch.Tensor, data: bytes | bytearray | memoryview) -> None:
         if self.codec.is_lossy:
@@ -688,11 +700,11 @@ class _Reducer:
             data = self._reduce_part(part)
             self._results.append(data)
             self._exchange.take_result(self._exchange.own, data)
-            await self._exchange.notify()
+            await self._exchange.notify_made()
             await asyncio.sleep(0)  # in two phases all parts are here, and nothing else would ever run
         self._statement = self._make_statement()
         self._exchange.take_statement(self._exchange.own, self._statement)
-        await self._exchange.notify()
+        await self._exchange.notify_made()
 
     async def _collected(self, has_it: Callable[[_Sender], bool]) -> None:
         """Wait until every sender that is in has it; who does not give it in time is out."""
@@ -706,11 +718,16 @@ class _Reducer:
             ends_at = min(
                 (self._deadline(s, waiting_since, num_bytes) for s in waiting if s.is_in), default=now
             )
+            connected = [s for s in waiting if s.stream is not None]
+
+            def has_news() -> bool:  # all have it, or one is cut off, which has another deadline
+                is_cut_off = any(s.stream is None for s in connected)  # noqa: B023
+                return is_cut_off or not any(s.is_in and not has_it(s) for s in self._senders)
+
             async with self._exchange.changed:
-                if any(s.is_in and not has_it(s) for s in waiting):
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(max(0.01, min(ends_at - now, 1.0))):
-                            await self._exchange.changed.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.01, min(ends_at - now, 1.0))):
+                        await self._exchange.changed.wait_for(has_news)
 
     def _deadline(self, sender: _Sender, waiting_since: float, num_bytes: int) -> float:
         """Instant at which a sender that we wait for is out: silent, cut off, or far behind the median."""
@@ -746,6 +763,7 @@ class _Reducer:
             await asyncio.sleep(0)  # ALIVE must be said meanwhile
         figures[np.ix_(complete, complete)] = total
         self._figures = figures.astype("<f8").tobytes()
+        await self._exchange.notify_made()
         await self._exchange.take_figures(self._exchange.own, self._figures)
         reducers = self._exchange.reducers
         async with self._exchange.changed:
@@ -822,7 +840,7 @@ class _Reducer:
                 )
                 for i, s in enumerate(self._senders)
             ],
-            results=join_hashes(b"".join(map(part_hash, self._results))),
+            results=join_hashes(b"".join(self._exchange.result_hashes(self._exchange.own))),
             figures=figures_to_json(own_figures),
             told=self._exchange.figures_told(),
             residuals_before=residual_hashes(self._residuals, self._parts),
@@ -869,10 +887,12 @@ class _Reducer:
             _MANIFEST: MAX_SIGNED_BYTES,
             _PART: self._codec.size_bytes(self._grid.part_values),
         }
+        is_kept = self._exchange.is_two_phase or not self._codec.is_lossy  # else it is decoded at once
+        into = {} if is_kept else {_PART: memoryview(bytearray(frames[_PART]))}
         try:
             while sender.is_in and sender.next_part < self._parts.stop:
                 await self._in_window(sender)
-                kind, payload = await stream.receive(frames)
+                kind, payload = await stream.receive(frames, into)
                 if sender.stream is not stream:
                     return  # its newer stream begins with the same part
                 if sender.is_in:
@@ -883,6 +903,7 @@ class _Reducer:
         except StreamError:
             if sender.stream is stream:  # it may open another one
                 sender.stream, sender.changed_at = None, time.monotonic()
+                await self._exchange.notify()
 
     async def _take(self, sender: _Sender, kind: int, payload: bytearray | memoryview) -> None:
         try:
@@ -902,8 +923,8 @@ class _Reducer:
             return
         is_open = lambda: sender.next_part < self._parts.start + len(self._results) + WINDOW_PARTS  # noqa: E731
         if not is_open():
-            async with self._exchange.changed:
-                await self._exchange.changed.wait_for(is_open)
+            async with self._exchange.made:
+                await self._exchange.made.wait_for(is_open)
 
     def _take_manifest(self, sender: _Sender, payload: bytes | bytearray | memoryview) -> None:
         own = self._exchange.outgoing.manifest
@@ -934,24 +955,32 @@ class _Reducer:
         sender.next_part = part + 1
 
     async def _send_results(self, stream: FrameStream, next_result: int) -> None:
-        num_figures = 0
+        has_told = False
+
+        def has_more() -> bool:
+            has_figures = bool(self._figures) and not has_told
+            return has_figures or next_result < len(self._results) or bool(self._statement)
+
         while True:
-            if self._figures and not num_figures:
+            if not has_more() and not await self._made_in_time(has_more):
+                await stream.send(_ALIVE)
+            if self._figures and not has_told:
                 await stream.send(_FIGURES, self._figures)
-                num_figures = 1
+                has_told = True
             while next_result < len(self._results):
                 await self._send_result(stream, next_result)
                 next_result += 1
             if self._statement:
                 await stream.send(_STATEMENT, self._statement)
                 return
-            async with self._exchange.changed:
-                if next_result == len(self._results) and not self._statement:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(ALIVE_SECONDS):
-                            await self._exchange.changed.wait()
-            if next_result == len(self._results) and not self._statement:
-                await stream.send(_ALIVE)
+
+    async def _made_in_time(self, has_more: Callable[[], bool]) -> bool:
+        """Wait until there is something to send; False: it is time to say ALIVE first."""
+        async with self._exchange.made:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ALIVE_SECONDS):
+                    await self._exchange.made.wait_for(has_more)
+        return has_more()
 
     async def _send_result(self, stream: FrameStream, index: int) -> None:
         await stream.send(_RESULT, self._results[index])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 PART_VALUES = 65_536  # 256 KB of float32: measured best on p2pd streams are 64 to 256 KB
 SMALLEST_PART_VALUES = 1024  # so that a tiny model, too, has parts for several reducers
@@ -24,13 +25,13 @@ class PartGrid:
         if self.num_values < 1:
             raise ValueError(f"{self.num_values} values cannot be cut into parts")
 
-    @property
+    @cached_property  # asked for several times per part
     def part_values(self) -> int:
         """A multiple of 1024: about 64 parts for a small model, parts of 65,536 values for a large one."""
         wanted = max(min(PART_VALUES, self.num_values // 64), -(-self.num_values // MAX_PARTS))
         return max(1, -(-wanted // SMALLEST_PART_VALUES)) * SMALLEST_PART_VALUES
 
-    @property
+    @cached_property
     def num_parts(self) -> int:
         return -(-self.num_values // self.part_values)
 

@@ -5,7 +5,8 @@
 
 Every peer is a process of its own on this machine. A repeat runs gloo, each codec of ours and the stock
 averager one after another on the same tensor, so that the load of the machine hits all of them; what counts
-are the ratios to gloo's float32 of the same repeat, and their median. Writes fusion.json and fusion.png.
+are the ratios to gloo's float32 of the same repeat, and their median. Writes fusion.json (settings,
+versions, medians, every sample) and fusion.png.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -310,8 +313,11 @@ class Swarm:
         raise SwarmError(f"a worker ended early, with {process.wait(10)}")
 
 
-def measure(flags: argparse.Namespace, num_peers: int) -> list[Row]:
-    samples: dict[str, list[list[Sample]]] = {}
+Samples = dict[str, list[list[Sample]]]  # by method, repeat and peer
+
+
+def measure(flags: argparse.Namespace, num_peers: int) -> Samples:
+    samples: Samples = {}
     with tempfile.TemporaryDirectory() as directory, Swarm(flags, "ours", num_peers, directory) as ours:
         swarms = dict.fromkeys((GLOO, *flags.codecs), ours)
         if num_peers <= flags.stock_up_to:
@@ -319,12 +325,10 @@ def measure(flags: argparse.Namespace, num_peers: int) -> list[Row]:
                 _repeat(flags, {**swarms, STOCK: stock}, samples)
         else:
             _repeat(flags, swarms, samples)
-    return [_row(num_peers, method, samples) for method in samples]
+    return samples
 
 
-def _repeat(
-    flags: argparse.Namespace, swarms: Mapping[str, Swarm], samples: dict[str, list[list[Sample]]]
-) -> None:
+def _repeat(flags: argparse.Namespace, swarms: Mapping[str, Swarm], samples: Samples) -> None:
     for repeat in range(flags.repeats + 1):
         for method, swarm in swarms.items():
             result = swarm.measure(method)
@@ -332,7 +336,7 @@ def _repeat(
                 samples.setdefault(method, []).append(result)
 
 
-def _row(num_peers: int, method: str, samples: Mapping[str, list[list[Sample]]]) -> Row:
+def _row(num_peers: int, method: str, samples: Samples) -> Row:
     slowest = [max(s.seconds for s in repeat) for repeat in samples[method]]
     gloo = [max(s.seconds for s in repeat) for repeat in samples[GLOO]]
     every = [sample for repeat in samples[method] for sample in repeat]
@@ -388,16 +392,31 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        left.plot([row.peers for row in own], [row.seconds for row in own], marker="o", label=method)
-        right.plot([row.peers for row in own], [row.sent_mb for row in own], marker="o", label=method)
-    left.set(xlabel="peers", ylabel="seconds of the exchange", yscale="log")
-    right.set(xlabel="peers", ylabel="MB sent per peer", ylim=(0, None))
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    panels: dict[str, Callable[[Row], float]] = {
+        "seconds, as multiples of gloo's": lambda row: row.times_gloo,
+        "MB sent per peer": lambda row: row.sent_mb,
+        "CPU-seconds per peer": lambda row: row.cpu_seconds,
+    }
+    methods = list(dict.fromkeys(row.method for row in rows))
+    num_peers = sorted({row.peers for row in rows})
+    thickness = 0.8 / len(num_peers)
+    height = 1.6 + 0.2 * len(methods) * max(len(num_peers), 2)
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, height), sharey=True)
+    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+        for index, peers in enumerate(num_peers):
+            own = [row for row in rows if row.peers == peers]
+            offset = (index - (len(num_peers) - 1) / 2) * thickness
+            places = [methods.index(row.method) + offset for row in own]
+            bars = axis.barh(places, [value(row) for row in own], thickness, label=f"{peers} peers")
+            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(num_peers), fontsize=9)
+    figure.tight_layout(rect=(0, 0.4 / height, 1, 1))
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -432,15 +451,42 @@ def _main(flags: argparse.Namespace) -> int:
         return 0
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
+    samples: dict[int, Samples] = {}
     for num_peers in flags.peers:
-        rows += measure(flags, num_peers)
+        samples[num_peers] = measure(flags, num_peers)
+        rows += [_row(num_peers, method, samples[num_peers]) for method in samples[num_peers]]
         _print(rows, flags, console)
     if flags.out is not None:
         flags.out.mkdir(parents=True, exist_ok=True)
-        report = {"values": flags.values, "repeats": flags.repeats, "rows": [asdict(row) for row in rows]}
-        (flags.out / "fusion.json").write_text(json.dumps(report, indent=1) + "\n")
+        (flags.out / "fusion.json").write_text(json.dumps(_report(flags, rows, samples), indent=1) + "\n")
         _plot(rows, flags.out / "fusion.png")
     return 0
+
+
+def _report(flags: argparse.Namespace, rows: Sequence[Row], samples: Mapping[int, Samples]) -> dict[str, Any]:
+    """For fusion.json: nothing of it names the machine or a directory."""
+    return {
+        "settings": {
+            "values": flags.values,
+            "repeats": flags.repeats,
+            "rule": flags.rule,
+            "peers": flags.peers,
+            "codecs": flags.codecs,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("hivemind", "numpy", "torch")},
+        },
+        "num_cores": os.cpu_count(),
+        "rows": [asdict(row) for row in rows],
+        "samples": [
+            {"peers": num_peers, "method": method, "repeat": repeat, "peer": peer, **asdict(sample)}
+            for num_peers, by_method in samples.items()
+            for method, repeats in by_method.items()
+            for repeat, each in enumerate(repeats)
+            for peer, sample in enumerate(each)
+        ],
+    }
 
 
 if __name__ == "__main__":

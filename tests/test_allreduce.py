@@ -565,7 +565,7 @@ def test_a_second_stream_replaces_the_first(swarm: Swarm, monkeypatch: pytest.Mo
         await original(self, member)
 
     on_member(monkeypatch, _Exchange, "_converse", group.members[VICTIM], converse)
-    monkeypatch.setattr(_Exchange, "_room_for_result", lambda self, member: {})
+    monkeypatch.setattr(_Exchange, "_room_for_result", lambda self, member, scratch: {})
     futures = swarm.start(group, outgoing)
     results = [f.result(CALL_SECONDS) for index, f in enumerate(futures) if index != VICTIM]
     assert_mean_of_recorded(group, results, outgoing)

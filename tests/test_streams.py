@@ -77,6 +77,35 @@ def test_bytes_are_counted_with_their_headers(networks: list[Network]) -> None:
     )  # the greeting's frames hold nothing
 
 
+def test_a_reader_that_gives_up_loses_no_frame(networks: list[Network]) -> None:
+    """Frames come while nobody waits, while a reader is cancelled, and into a buffer of the reader's."""
+
+    async def talk() -> list[bytes]:
+        stream = await open_stream(
+            networks[1], networks[0].peer_id, "echo", b"hello", timeout_seconds=CALL_SECONDS
+        )
+        await stream.receive(LIMITS)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await stream.receive(LIMITS)
+        sent = [b"", b"one", bytes(300_000), b"", b"four"]
+        for payload in sent:
+            await stream.send(ECHO, payload)
+        buffer = bytearray(4)
+        replies = []
+        async with asyncio.timeout(CALL_SECONDS):
+            for _ in sent:
+                kind, payload = await stream.receive(LIMITS, {ECHO: buffer})
+                assert kind == ECHO
+                assert (payload is buffer) == (len(payload) == 4)
+                replies.append(bytes(payload))
+        stream.close()
+        assert replies == sent
+        return replies
+
+    assert len(networks[1].run(talk(), timeout_seconds=CALL_SECONDS)) == 5
+
+
 def test_who_is_gone_or_does_not_take_such_streams(networks: list[Network]) -> None:
     unknown = "12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
     for peer_id, name in ((unknown, "echo"), (networks[0].peer_id, "nothing")):
