@@ -7,6 +7,7 @@ Each rule is a function from modules to violations, and is itself tried on sourc
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ COMMANDS = {
 }
 MAY_IMPORT_HIVEMIND = {f"coordinator.{name}" for name in ("network", "board", "guard", "streams")}
 NETWORK_MODULES = {*MAY_IMPORT_HIVEMIND, "peer.allreduce", "peer.audit"}
-TRAINING_MODULES = {"peer.data", "peer.tables", "peer.tasks", "peer.model", "peer.finetune", "peer.evaluate"}
+TRAINING_MODULES = {
+    *("peer.data", "peer.tables", "peer.tasks", "peer.model", "peer.finetune", "peer.evaluate"),
+    *("peer.benchmark", "peer.statistics"),
+}
 FUSION_MODULES = {
     *("peer.aggregate", "peer.compression", "peer.feedback", "peer.fusion", "peer.manifest"),
     *("peer.outer", "peer.parts", "peer.reduction"),
@@ -93,6 +97,7 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
+@functools.cache
 def read_modules() -> dict[str, Module]:
     modules = {}
     for package in PACKAGES:

@@ -91,14 +91,13 @@ def test_a_reader_that_gives_up_loses_no_frame(networks: list[Network]) -> None:
         sent = [b"", b"one", bytes(300_000), b"", b"four"]
         for payload in sent:
             await stream.send(ECHO, payload)
-        buffer = bytearray(4)
-        replies = []
+        buffer, replies = memoryview(bytearray(4)), []
         async with asyncio.timeout(CALL_SECONDS):
             for _ in sent:
-                kind, payload = await stream.receive(LIMITS, {ECHO: buffer})
+                kind, reply = await stream.receive(LIMITS, {ECHO: buffer})
                 assert kind == ECHO
-                assert (payload is buffer) == (len(payload) == 4)
-                replies.append(bytes(payload))
+                assert (reply is buffer) == (len(reply) == 4)
+                replies.append(bytes(reply))
         stream.close()
         assert replies == sent
         return replies
