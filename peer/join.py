@@ -27,8 +27,11 @@ from coordinator.errors import UsageError
 
 if TYPE_CHECKING:
     from coordinator.spec import RunSpec
+    from peer.checkup import ClockSample
     from peer.config import PeerConfig
+    from peer.display import Reporter
     from peer.genesis import State
+    from peer.stopping import StopSwitch
 
 EPILOG = f"""examples:
   join a swarm with a file of examples (columns text and label):
@@ -40,6 +43,7 @@ EPILOG = f"""examples:
   begin a swarm; others join through the address that it prints:
     python -m peer.join --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv --output-dir mine
   go on after a stop, a crash or a power cut: the same command again.
+  will it work here? the same flags, nothing is spent: python -m peer.doctor --initial-peers ...
 
 what you find in the output directory:
   model/         the fused encoder: AutoModel.from_pretrained("DIR/model")
@@ -61,6 +65,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Finetune the swarm's shared model on your own data; the data never leaves.",
         epilog=EPILOG,
     )
+    add_join_arguments(parser)
+    return parser.parse(argv)
+
+
+def add_join_arguments(parser: argparse.ArgumentParser, *, needs_output_dir: bool = True) -> None:
+    """The flags of `join`, which `peer.doctor` takes as well."""
     parser.add_argument(
         "--initial-peers",
         nargs="+",
@@ -76,7 +86,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output-dir",
         type=Path,
-        required=True,
+        required=needs_output_dir,
         metavar="DIR",
         help="checkpoints and results; to resume, give it again",
     )
@@ -100,7 +110,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_arguments(
         parser, title="a new run (without --initial-peers); --rounds N also with them: leave after N rounds"
     )
-    return parser.parse(argv)
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +216,7 @@ def _join(args: argparse.Namespace) -> int:
     reporter = Reporter(args.json, stream=claim_stdout() if args.json else None)
     if not (args.initial_peers or args.model or (args.output_dir / "run.toml").exists()):
         raise UsageError("give --initial-peers to join a swarm, or --model to begin one")
-    config = _make_config(args)
+    config = make_config(args)
     data = load_task_data(config.data)
     for note in data.notes:
         reporter.note(note)
@@ -218,11 +227,13 @@ def _join(args: argparse.Namespace) -> int:
 
     with StopSwitch(args.max_seconds).listening() as stop, CheckpointStore(config.output_dir) as store:
         spec, state = _begin_run(args, config, store)
+        _check_quickly(config, spec, reporter, stop)
         Session(config, data, store, reporter, stop).run(spec, state)
     return stop.exit_code
 
 
-def _make_config(args: argparse.Namespace) -> PeerConfig:
+def make_config(args: argparse.Namespace) -> PeerConfig:
+    """Raises UsageError."""
     from peer.config import PeerConfig
     from peer.data import DataConfig
     from peer.finetune import FinetuneConfig
@@ -266,6 +277,29 @@ def _make_config(args: argparse.Namespace) -> PeerConfig:
         num_threads=args.threads,
         seed=args.seed,
     )
+
+
+def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter, stop: StopSwitch) -> None:
+    """What `peer.doctor` looks at and takes a second. Raises SwarmError; warnings are told and it goes on."""
+    from coordinator.spec import load_spec
+    from peer.checkup import judge_clock, raise_failure
+    from peer.probes import quick_checks
+    from peer.stopping import StopRequested
+    from peer.swarm_probes import glance
+
+    clocks: list[ClockSample] = []
+    if spec is None and config.initial_peers:
+        try:
+            spec, clocks = glance(config, stop.check)
+        except StopRequested:
+            return  # the session stops in order
+    elif spec is None:
+        spec = load_spec(config.output_dir / "run.toml")
+    checks = [*quick_checks(config, spec), *([judge_clock(clocks)] if clocks else [])]
+    raise_failure(checks)
+    for check in checks:
+        if check.status == "warning":
+            reporter.warning(f"{check.name}: {check.message}; {check.fix}")
 
 
 def _digest(text: str | None) -> str | None:

@@ -1,0 +1,318 @@
+"""What does the swarm look like from here? Its entry points, run, clocks, and a piece of its state.
+
+Only measures; `peer/checkup.py` judges. Nothing is published: others see a peer that asks and leaves.
+Every wait is bounded. A `ProbeNetwork` has an identity of its own, in a directory that the caller removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.board import BoardValidator, board_key
+from coordinator.errors import NetworkError, SpecError
+from coordinator.identity import load_identity
+from coordinator.membership import CLOCK_DIFFERENCE_SECONDS, TRAINING_PHASES
+from coordinator.network import Network, NetworkConfig, PeerUnreachable
+from coordinator.records import PeerRecord, RecordError, open_signed, parse_json
+from coordinator.spec import RunSpec
+from coordinator.transfer import Piece, fetch_blob
+from peer.checkup import ClockSample, Reach, Scope, SwarmFigures, heartbeat_sample, scope_of
+from peer.config import PeerConfig
+from peer.genesis import ask_spec, get_state
+from peer.layout import TensorLayout
+
+logger = logging.getLogger(__name__)
+
+DAEMON_SECONDS = 15.0  # p2pd needs up to that on a loaded machine, and a second on a quiet one
+DIAL_SECONDS = 5.0
+CALL_SECONDS = 5.0
+FIRST_HEARTBEATS_SECONDS = 4.0
+CLOCK_SECONDS = 10.0  # waiting for heartbeats that are new; they come six times in a lease
+LOOK_SECONDS = 0.25
+RELAY_SECONDS = 8.0  # until an entry point has given a relayed address
+RATE_BYTES = 4_000_000
+RATE_SECONDS = 8.0
+_BEST_FIRST: tuple[Scope, ...] = ("relay", "public", "private", "loopback")
+
+
+class ProbeNetwork(Network):
+    """Says of each entry point why it does not answer, and starts even when none does."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.answers: dict[str, str | None] = {}  # by address; None: it answers
+
+    def __enter__(self) -> ProbeNetwork:
+        super().__enter__()
+        return self
+
+    async def _dial_entry_points(self) -> list[str]:
+        given = self._config.initial_peers
+        reasons = await asyncio.gather(*(self._dial(address, DIAL_SECONDS) for address in given))
+        self.answers = dict(zip(given, reasons, strict=True))
+        return [address for address, why in self.answers.items() if why is None]
+
+
+def make_network(config: PeerConfig, folder: Path) -> ProbeNetwork:
+    """As the peer would have it, but under an identity of its own. Entering it raises NetworkError."""
+    return ProbeNetwork(
+        NetworkConfig(
+            identity=load_identity(folder / "probe.key"),
+            host_maddrs=config.host_maddrs,
+            announce_maddrs=config.announce_maddrs,
+            initial_peers=config.initial_peers,
+            listens=config.listens,
+            reachability=config.reachability,
+            startup_timeout_seconds=DAEMON_SECONDS,
+        )
+    )
+
+
+# ---- the run and its members ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    peer_id: str
+    record: PeerRecord
+    sample: ClockSample  # of its author's clock
+    is_fresh: bool  # it was not there at the look before: its author lives, and it is a moment old
+
+
+class HeartbeatLog:
+    """Reads the board again and again; a record that was not there at the last look is at most so old."""
+
+    def __init__(self, network: Network, spec: RunSpec) -> None:
+        self._network, self._spec = network, spec
+        self._key = board_key(spec.digest)
+        self._newest: dict[str, Heartbeat] = {}
+
+    async def start(self) -> None:
+        await self._network.start_dht(BoardValidator(self._spec.digest))
+
+    async def read_first(self) -> None:
+        """Until somebody is seen, for a few seconds. Raises NetworkError."""
+        ends_at = time.monotonic() + FIRST_HEARTBEATS_SECONDS
+        await self._look(self._first_age_seconds)
+        while not self._newest and time.monotonic() < ends_at:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._look(self._first_age_seconds)
+
+    async def watch(self) -> None:
+        """Until each peer has said something new, for `CLOCK_SECONDS` at most. Raises NetworkError."""
+        ends_at = time.monotonic() + CLOCK_SECONDS
+        looked_at = time.monotonic()
+        while not self._is_settled() and time.monotonic() < ends_at:
+            await asyncio.sleep(LOOK_SECONDS)
+            since, looked_at = looked_at, time.monotonic()
+            await self._look(time.monotonic() - since + LOOK_SECONDS)
+
+    def _is_settled(self) -> bool:
+        return bool(self._newest) and all(h.is_fresh for h in self._newest.values())
+
+    @property
+    def heartbeats(self) -> list[Heartbeat]:
+        """Live ones of others."""
+        return [h for h in self._newest.values() if h.record.phase != "leaving"]
+
+    def newest_state(self, entry_points: Sequence[str]) -> tuple[str, list[str]]:
+        """Hash of the state of the highest round, and who says to hold it; else round 0's."""
+        newest = max((h.record.round for h in self.heartbeats), default=0)
+        holders = [h for h in self.heartbeats if h.record.round == newest > 0]
+        if not holders:
+            return self._spec.backbone_hash, list(entry_points)
+        state_hash = holders[0].record.state_hash
+        return state_hash, [h.peer_id for h in holders if h.record.state_hash == state_hash]
+
+    @property
+    def _first_age_seconds(self) -> float:
+        """Of a heartbeat at the first look: they are a sixth of a lease apart, and take their time."""
+        return self._spec.lease_seconds / 6 + CLOCK_DIFFERENCE_SECONDS
+
+    async def _look(self, max_age_seconds: float) -> None:
+        for peer_id, value in (await self._network.dht_get(self._key)).items():
+            try:
+                author, record = open_signed(value, PeerRecord)
+            except RecordError:
+                continue  # the validator let only its owner write it; it costs this entry
+            known = self._newest.get(peer_id)
+            if author != peer_id or (known and record.issued_at <= known.record.issued_at):
+                continue
+            sample = heartbeat_sample(record.issued_at, self._network.now(), max_age_seconds)
+            self._newest[peer_id] = Heartbeat(peer_id, record, sample, is_fresh=known is not None)
+
+
+def find_spec(network: ProbeNetwork, config: PeerConfig) -> RunSpec:
+    """Of the first entry point that gives one. Raises SpecError, NetworkError."""
+    return ask_spec(network, network.entry_points, config.run_digest)
+
+
+def glance(
+    config: PeerConfig, check: Callable[[], None] = lambda: None
+) -> tuple[RunSpec | None, list[ClockSample]]:
+    """What `join` looks at before it starts: the run, and the clocks of the entry points.
+
+    (None, []) where nobody answers: the session tries longer, and knows more addresses. `check` is called
+    while waiting and may raise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with make_network(config, Path(folder)) as network:
+                check()
+                spec = find_spec(network, config)
+                log = HeartbeatLog(network, spec)
+                network.run(log.start(), timeout_seconds=DAEMON_SECONDS, check=check)
+                network.run(log.read_first(), timeout_seconds=2 * FIRST_HEARTBEATS_SECONDS, check=check)
+                return spec, clock_samples(log.heartbeats, answering(network))
+        except (NetworkError, SpecError) as error:
+            logger.info("no look at the swarm before joining: %s", error)
+            return None, []
+
+
+def clock_samples(heartbeats: Sequence[Heartbeat], alive: Collection[str]) -> list[ClockSample]:
+    """Of those whose heartbeat is new, or that are known to live: a dead peer's heartbeat is only old."""
+    return [h.sample for h in heartbeats if h.is_fresh or h.peer_id in alive]
+
+
+def answering(network: ProbeNetwork) -> set[str]:
+    """Entry points whose process answers, not only their daemon."""
+
+    async def ask(peer_id: str) -> str | None:
+        try:
+            await network.call(peer_id, "spec", None, timeout_seconds=CALL_SECONDS)
+        except PeerUnreachable:
+            return None
+        return peer_id
+
+    async def ask_all() -> list[str | None]:
+        return await asyncio.gather(*map(ask, network.entry_points))
+
+    return {peer_id for peer_id in network.run(ask_all(), timeout_seconds=2 * CALL_SECONDS) if peer_id}
+
+
+def swarm_figures(spec: RunSpec, heartbeats: Sequence[Heartbeat]) -> SwarmFigures:
+    return SwarmFigures(
+        run_name=spec.run_name,
+        digest=spec.digest,
+        round=max((h.record.round for h in heartbeats), default=0),
+        num_rounds=spec.num_rounds,
+        num_trainers=sum(h.record.phase in TRAINING_PHASES for h in heartbeats),
+        min_peers=spec.min_peers,
+    )
+
+
+# ---- can others dial me ---------------------------------------------------------------------------
+
+
+def find_reach(network: ProbeNetwork, config: PeerConfig, folder: Path) -> Reach:
+    """A second p2p daemon on this machine dials each own address, the widest first, until one answers."""
+    own = _own_addresses(network, config)
+    answered: list[str] = []
+    refused: list[str] = []
+    for scope in _BEST_FIRST:
+        some = tuple(address for address in own if scope_of(address) == scope)
+        if not some or answered:
+            continue
+        dialled = _dial_from_outside(some, folder)
+        answered += [address for address, why in dialled.items() if why is None]
+        refused += [address for address, why in dialled.items() if why is not None]
+    reached = [address for address, why in network.answers.items() if why is None]
+    return Reach(
+        listens=config.listens,
+        reachability=config.reachability,
+        answered=frozenset(map(scope_of, answered)),
+        unanswered=tuple(refused),
+        entry_scopes=frozenset(map(scope_of, reached)),
+    )
+
+
+def _own_addresses(network: ProbeNetwork, config: PeerConfig) -> list[str]:
+    """A relayed address comes a moment after the relay was found."""
+    ends_at = time.monotonic() + (RELAY_SECONDS if config.reachability == "private" else 0.0)
+    while True:
+        try:
+            own = network.run(network.addresses(), timeout_seconds=CALL_SECONDS)
+        except NetworkError:
+            own = []
+        if any(scope_of(address) == "relay" for address in own) or time.monotonic() >= ends_at:
+            return own if config.listens else [a for a in own if scope_of(a) == "relay"]
+        time.sleep(LOOK_SECONDS)
+
+
+def _dial_from_outside(addresses: tuple[str, ...], folder: Path) -> dict[str, str | None]:
+    """By address, why nobody answers there. By a daemon of its own, which is not connected yet."""
+    on_loopback = ("/ip4/127.0.0.1/tcp/0",)
+    config = NetworkConfig(
+        load_identity(folder / "dialler.key"),
+        host_maddrs=on_loopback,
+        initial_peers=addresses,
+        listens=False,
+        startup_timeout_seconds=DAEMON_SECONDS,
+    )
+    with ProbeNetwork(config) as other:
+        return other.answers
+
+
+# ---- files and pieces of the state ----------------------------------------------------------------
+
+
+def fetch_files(network: Network, spec: RunSpec, donors: Sequence[str], directory: Path) -> None:
+    """Config and tokenizer of the run, each checked against the spec. Raises NetworkError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, file in spec.files.items():
+        piece = Piece(0, file.size_bytes, file.sha256)
+        fetch = fetch_blob(network, spec.digest, f"file/{name}", [piece], donors)
+        (directory / name).write_bytes(network.run(fetch, timeout_seconds=4 * CALL_SECONDS))
+
+
+def fetch_layout(network: Network, spec: RunSpec, state_hash: str, donors: Sequence[str]) -> TensorLayout:
+    """Names and shapes of the backbone. Raises NetworkError."""
+    for donor in donors:
+        try:
+            call = network.call(donor, "manifest", {"state": state_hash}, timeout_seconds=CALL_SECONDS)
+            reply = network.run(call, timeout_seconds=2 * CALL_SECONDS)
+            layout = _parse_layout(reply)
+        except (PeerUnreachable, RecordError, ValueError):
+            continue
+        if layout.num_values == spec.num_parameters:
+            return layout
+    raise NetworkError("no peer gave the layout of the model")
+
+
+def _parse_layout(reply: bytes) -> TensorLayout:
+    value: Any = parse_json(reply, max_bytes=len(reply))
+    if not isinstance(value, dict) or "layout" not in value:
+        raise RecordError("a manifest holds a layout")
+    return TensorLayout.from_json(value["layout"]).backbone
+
+
+class _Enough(Exception):
+    """Ends a download of which only the rate is of interest."""
+
+
+def download_rate(network: Network, spec: RunSpec, state_hash: str, donors: Sequence[str]) -> float | None:
+    """Bytes/s with which pieces of the state come, each checked; a few MB at most. None: too few to tell."""
+    started = time.monotonic()
+    num_bytes, seconds = 0, 0.0
+
+    def on_progress(done: int, _total: int) -> None:
+        nonlocal num_bytes, seconds
+        num_bytes, seconds = done, time.monotonic() - started
+        if num_bytes >= RATE_BYTES:
+            raise _Enough
+
+    def check() -> None:
+        if time.monotonic() - started > RATE_SECONDS:
+            raise _Enough
+
+    with contextlib.suppress(_Enough, NetworkError):
+        get_state(network, spec, state_hash, donors, on_progress, check=check)
+    return num_bytes / seconds if seconds > 0 and num_bytes >= 100_000 else None
