@@ -480,6 +480,7 @@ def fusion_commit(group: Group, state_hash: str, made: Sequence[Contribution], c
         attempt=group.attempt,
         previous=chain.tip,
         state_hash=state_hash,
+        group=group.group_id.hex(),
         contributors=list(made),
         excluded=list(group.excluded),
         electorate=list(group.electorate),

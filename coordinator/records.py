@@ -107,6 +107,7 @@ class Commit(Record):
     attempt: Count
     previous: HashText  # hash of the commit that this one follows
     state_hash: HashText
+    group: HashText | None = None  # of the all-reduce that made the state; its reducers' statements name it
     contributors: Annotated[list[Contribution], Field(max_length=1024)]  # in the order of the group
     excluded: Annotated[list[Exclusion], Field(max_length=1024)] = []
     electorate: Annotated[list[PeerIdText], _SOME]  # more than half of these sign

@@ -45,7 +45,7 @@ TRIMMED_FRACTION = 0.25  # from each end: up to a quarter may lie. Of 8 two are 
 MAX_NORM = 1e18  # of a usable contribution: its sums, weights and squares stay finite in float32
 TOO_LONG = 3.0  # screening by norm: so many median norms
 TOO_ALIKE = 0.8  # screening by cosine: of two contributions, where the others are far less alike
-AGAINST = 0.1  # screening by cosine: the share of the median cosine that is too little
+OPPOSED = -0.05  # screening by cosine: what is above that is no direction against the others
 CENTERED_CLIPPING_STEPS = 5
 _STANDARD_DEVIATIONS = 1.4826  # of normally distributed figures, per median absolute deviation
 _SORT_VALUES = 32 * 1024  # sorted at once: bounds the copies, 128 KB per contributor
@@ -342,18 +342,20 @@ def _too_alike(cosines: _Cosines, limit: int) -> list[tuple[int, str]]:
 def _against_the_others(cosines: _Cosines) -> list[tuple[int, str]]:
     """Whose median cosine to the others is too low; the lowest first.
 
-    Too low: under a tenth of the swarm's (under 0 where that is negative) and 2 robust standard deviations
-    below it. Deltas of different tasks have 0.01 to 0.03, flipped ones -0.03 to -0.01, and noise of 22.7M
-    values 0.0000 +- 0.0002. Either bound alone would take honest peers: the first where tasks have little
-    in common, the second where most are very alike. Noise that passes is as long as others, and a mean
-    divides it by n. Medians, not the cosine to the sum of the others, which measured worse: two liars of
-    seven turn so much of the sum that the honest spread as far as the liars lie below.
+    Too low: under -0.05, and 2 robust standard deviations below the swarm's. The second alone would take
+    honest peers where most are very alike, the first where honest deltas oppose each other. Bounds relative
+    to the swarm's left honest ones out for -0.005 (docs/experiments.md): deltas of different tasks have
+    0.01 to 0.03 after long training, and 0.00 +- 0.01 after little. So noise (0.0000 +- 0.0002 for 22.7M
+    values) and flipped deltas of a swarm that is nearly orthogonal pass: they are as long as others, and a
+    mean divides them by n; what is sent to undo the others' mean has -1 / sqrt(n) of it, and more than that
+    where all are alike. Medians, not the cosine to the sum of the others, which measured worse: two liars
+    of seven turn so much of the sum that the honest spread as far as the liars lie below.
     """
     towards = cosines.to_the_others()
     if not towards:
         return []
     middle, spread = _middle_and_spread(list(towards.values()))
-    bound = min(max(0.0, AGAINST * middle), middle - 2.0 * spread)
+    bound = min(OPPOSED, middle - 2.0 * spread)
     found = sorted((index for index in towards if towards[index] < bound), key=lambda index: towards[index])
     why = "median cosine {:.3f} to the others, the swarm's is {:.3f}"
     return [(index, why.format(towards[index], middle)) for index in found]

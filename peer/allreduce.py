@@ -74,8 +74,12 @@ from peer.reduction import (
 
 logger = logging.getLogger(__name__)
 
-STALL_FLOOR_SECONDS = 3.0  # silence of a live process on a busy machine; what the size takes comes on top
+# The floors below are for the process at the other end, not for the link, so they follow from no round trip:
+# a process that is stopped for 2 s costs all 2 s and loses no part (`fault_matrix`, freeze-2); with less than
+# 3 s of patience it would. What size and link take comes on top.
+STALL_FLOOR_SECONDS = 3.0  # silence of a live process on a busy machine
 STALL_FACTOR = 4.0  # times what the measured rate of the link predicts
+OPENING_FACTOR = 2.0  # times what opening a stream to that peer took: several round trips
 UNMEASURED_BYTES_PER_SECOND = 125_000.0  # 1 Mbit/s: the slowest link that is meant to work
 STRAGGLER_FACTOR = 20.0  # times what the median sender took, for the slowest one
 ALIVE_SECONDS = 0.5  # a reducer that waits for others says so this often
@@ -115,6 +119,14 @@ class Reduced:
     traffic: Traffic  # goes on while slower members take the rest of the results
 
 
+class ToldTwoThings(GroupFailed):
+    """A reducer signed two statements of one attempt; both are the proof."""
+
+    def __init__(self, culprit: str, statements: tuple[bytes, bytes]) -> None:
+        super().__init__(culprit, "told two members different results", is_proven=True)
+        self.statements = statements
+
+
 class AllReduceService:
     """What a peer needs for all its all-reduces: a handler of incoming streams, and what links were like."""
 
@@ -125,6 +137,7 @@ class AllReduceService:
         self._ended: deque[bytes] = deque(maxlen=64)  # groups that are over: who comes late is told at once
         self._changed = asyncio.Event()  # set, and replaced, whenever a group begins
         self._rates: dict[str, float] = {}  # bytes per second to and from each peer, of the last exchange
+        self._openings: dict[str, float] = {}  # seconds that opening a stream to each peer took last
         self._last: _Told | None = None  # in the attempt before, complete or not
 
     async def start(self) -> None:
@@ -142,7 +155,7 @@ class AllReduceService:
         for earlier in list(self._exchanges.values()):
             earlier.close()  # the group has moved on
         if self._last is not None and self._last.group.round == group.round:
-            await self._find_two_statements(self._last, group.members)
+            await self.compare_statements(group.members)
         if needs_gram(rules.aggregation, rules.screening) and len(group.members) > MAX_GRAM_MEMBERS:
             raise RoundError(f"this rule is for groups of up to {MAX_GRAM_MEMBERS}")
         exchange = _Exchange(self, group, outgoing, rules, residuals)
@@ -161,16 +174,25 @@ class AllReduceService:
     def rate(self, peer_id: str) -> float:
         return self._rates.get(peer_id, UNMEASURED_BYTES_PER_SECOND)
 
+    def link_seconds(self, peer_id: str) -> float:
+        """What a slow link adds to every patience with a peer; 0 before the first stream to it."""
+        return OPENING_FACTOR * self._openings.get(peer_id, 0.0)
+
+    def opened(self, peer_id: str, seconds: float) -> None:
+        self._openings[peer_id] = seconds
+
     def measured(self, peer_id: str, bytes_per_second: float) -> None:
         self._rates[peer_id] = bytes_per_second
 
-    async def _find_two_statements(self, last: _Told, members: Sequence[str]) -> None:
-        """The attempt before came to nothing: did a reducer tell different members different things?
+    async def compare_statements(self, members: Sequence[str]) -> None:
+        """Did a reducer tell different members different things in the last attempt, committed or not?
 
-        Raises GroupFailed, with the two signatures as proof, when one did.
+        Raises ToldTwoThings when one did.
         """
-        others = [member for member in members if member != self.identity.peer_id]
-        await asyncio.gather(*(self._compare_statements(last, member) for member in others))
+        last = self._last
+        if last is not None:
+            others = [member for member in members if member != self.identity.peer_id]
+            await asyncio.gather(*(self._compare_statements(last, member) for member in others))
 
     async def _compare_statements(self, last: _Told, member: str) -> None:
         body = {"run": self.run_digest, "group": last.group.group_id.hex()}
@@ -234,6 +256,7 @@ class _Told:
     group: Group
     owned: Mapping[str, range]  # parts by reducer
     run_digest: str
+    promised: Manifest  # my own: it names the round and the commit before
     statements: dict[str, tuple[Statement, bytes]] = field(default_factory=dict)  # by reducer, and as signed
 
     def digests(self) -> dict[str, str]:
@@ -248,7 +271,7 @@ class _Told:
         """Raises GroupFailed when a reducer signed this, too; RecordError when it did not."""
         statement = self.open(reducer, signed)
         if statement.digest != self.statements[reducer][0].digest:
-            raise GroupFailed(reducer, "told two members different results", is_proven=True)
+            raise ToldTwoThings(reducer, (self.statements[reducer][1], signed))
 
     def open(self, reducer: str, signed: bytes) -> Statement:
         """Raises RecordError."""
@@ -257,6 +280,8 @@ class _Told:
             reducer=reducer,
             run=self.run_digest,
             group=self.group.group_id.hex(),
+            round=self.promised.round,
+            previous=self.promised.previous,
             parts=self.owned[reducer],
         )
 
@@ -281,7 +306,7 @@ class _Exchange:
         self.result = torch.empty(self.grid.num_values, dtype=torch.float32)
         self._result_bytes = flat_bytes(self.result)
         self.figures: dict[str, np.ndarray] = {}  # by reducer: (n, n) float64, NaN for who is incomplete
-        self.told = _Told(group, self._owned, service.run_digest)
+        self.told = _Told(group, self._owned, service.run_digest, outgoing.manifest)
         self._hashes: dict[str, list[bytes]] = {member: [] for member in self._owned}  # of results taken
         self._squared_norms = dict.fromkeys(self._owned, 0.0)  # of results taken
         self._streams: set[FrameStream] = set()
@@ -364,7 +389,7 @@ class _Exchange:
     def stall_limit(self, peer_id: str, num_bytes: int) -> float:
         """Seconds in which the next `num_bytes` from a peer must come, from what its link has shown."""
         limit = STALL_FLOOR_SECONDS + STALL_FACTOR * num_bytes / self.service.rate(peer_id)
-        return min(limit, self.rules.limit_seconds)
+        return min(limit + self.service.link_seconds(peer_id), self.rules.limit_seconds)
 
     async def notify(self) -> None:
         async with self.changed:
@@ -395,9 +420,11 @@ class _Exchange:
 
     async def _converse(self, member: str) -> None:
         hello = self.group.group_id + _U32.pack(len(self._hashes[member]))
+        opening_since = time.monotonic()
         stream = await open_stream(
             self.service.network, member, self.service.name, hello, timeout_seconds=OPEN_SECONDS
         )
+        self.service.opened(member, time.monotonic() - opening_since)
         with self._using(stream):
             next_part = await self._greet(stream, member)
             started = time.monotonic()
@@ -825,6 +852,8 @@ class _Reducer:
         statement = Statement(
             run=self._exchange.service.run_digest,
             group=self._exchange.group.group_id.hex(),
+            round=self._exchange.outgoing.manifest.round,
+            previous=self._exchange.outgoing.manifest.previous,
             first_part=self._parts.start,
             senders=[
                 SenderReport(
@@ -880,7 +909,8 @@ class _Reducer:
 
     def _grace(self, sender: _Sender) -> float:
         """Seconds in which a sender without a stream may come, or come back."""
-        return RECONNECT_SECONDS if sender.manifest is not None else GROUP_WAIT_SECONDS
+        floor = RECONNECT_SECONDS if sender.manifest is not None else GROUP_WAIT_SECONDS
+        return floor + self._exchange.service.link_seconds(sender.peer_id)
 
     async def _read(self, stream: FrameStream, sender: _Sender) -> None:
         frames = {

@@ -5,6 +5,8 @@ of its parts before the first one travels. So whoever holds both can ask the sen
 compute the result again (`peer.reduction`) and compare hashes. Which parts, every member draws for itself,
 in secret: no reducer can know.
 
+Some lies show in signed statements alone (`peer.contradiction`): those are looked for in every round.
+
 The evidence holds everything that is needed to check it, so nobody has to believe the accuser. One who
 publishes false evidence is not listened to again.
 """
@@ -19,16 +21,18 @@ import random
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, AsyncIterator  # noqa: UP035 (hivemind reads this hint by its name in typing)
+from typing import Any, AsyncIterator, Literal  # noqa: UP035 (hivemind reads this hint by its name in typing)
 
 import torch
 
+from coordinator.chain import Chain
 from coordinator.errors import NetworkError, RoundError
 from coordinator.network import STREAM_PART_BYTES, Network, PeerUnreachable
 from coordinator.records import HashText, Record, RecordError, open_signed, parse_json, parse_record
 from coordinator.transfer import Piece, fetch_blob
 from peer.aggregate import needs_gram
 from peer.compression import CODECS
+from peer.contradiction import Contradiction, Ledger, UnknownRoundError, judge_statements
 from peer.manifest import (
     MAX_SIGNED_BYTES,
     Manifest,
@@ -61,6 +65,7 @@ class RoundRecord:
     statements: Mapping[str, bytes]  # signed, by reducer
     manifests: Mapping[str, bytes]  # signed, by sender
     residuals_before: Mapping[int, torch.Tensor]  # my error feedback as a reducer, by part
+    group: str = ""  # of the attempt that these statements are of
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,13 @@ def _residual_before(evidence: Evidence, statement: Statement, index: int) -> to
 # the wire
 
 
-def to_bytes(evidence: Evidence) -> bytes:
+def to_bytes(evidence: Evidence | Contradiction) -> bytes:
     """A JSON header with its length, then the binary parts one after another."""
+    if isinstance(evidence, Contradiction):
+        lengths = [len(blob) for blob in evidence.statements]
+        return _packed(
+            {"kind": "statements", "reducer": evidence.reducer, "statements": lengths}, evidence.statements
+        )
     blobs = [*evidence.statements, *evidence.manifests, *evidence.parts, evidence.residual]
     header = {
         "aggregation": evidence.aggregation,
@@ -217,6 +227,10 @@ def to_bytes(evidence: Evidence) -> bytes:
         "parts": [len(blob) for blob in evidence.parts],
         "residual": len(evidence.residual),
     }
+    return _packed(header, blobs)
+
+
+def _packed(header: Mapping[str, Any], blobs: Sequence[bytes]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     return b"".join([_LENGTH.pack(len(text)), text, *blobs])
 
@@ -234,19 +248,24 @@ class _Header(Record):
     residual: int
 
 
-def from_bytes(data: bytes | bytearray) -> Evidence:
+class _StatementsHeader(Record):
+    kind: Literal["statements"]
+    reducer: str
+    statements: list[int]
+
+
+def from_bytes(data: bytes | bytearray) -> Evidence | Contradiction:
     """Inverse of `to_bytes`. Raises RecordError."""
     if len(data) < _LENGTH.size:
         raise RecordError("the evidence is cut short")
     start = _LENGTH.size + _LENGTH.unpack_from(data)[0]
-    header = parse_record(parse_json(bytes(data[_LENGTH.size : start]), max_bytes=MAX_SIGNED_BYTES), _Header)
+    fields = parse_json(bytes(data[_LENGTH.size : start]), max_bytes=MAX_SIGNED_BYTES)
+    if isinstance(fields, dict) and "kind" in fields:
+        short = parse_record(fields, _StatementsHeader)
+        return Contradiction(short.reducer, tuple(_unpacked(data, start, short.statements)))
+    header = parse_record(fields, _Header)
     lengths = [*header.statements, *header.manifests, *header.parts, header.residual]
-    if any(length < 0 for length in lengths) or start + sum(lengths) != len(data):
-        raise RecordError("the evidence is not as long as it says")
-    blobs = []
-    for length in lengths:
-        blobs.append(bytes(data[start : start + length]))
-        start += length
+    blobs = _unpacked(data, start, lengths)
     first, second = len(header.statements), len(header.statements) + len(header.manifests)
     return Evidence(
         aggregation=header.aggregation,
@@ -260,6 +279,16 @@ def from_bytes(data: bytes | bytearray) -> Evidence:
         parts=tuple(blobs[second:-1]),
         residual=blobs[-1],
     )
+
+
+def _unpacked(data: bytes | bytearray, start: int, lengths: Sequence[int]) -> list[bytes]:
+    if any(length < 0 for length in lengths) or start + sum(lengths) != len(data):
+        raise RecordError("the evidence is not as long as it says")
+    blobs = []
+    for length in lengths:
+        blobs.append(bytes(data[start : start + length]))
+        start += length
+    return blobs
 
 
 # the service
@@ -300,9 +329,11 @@ class AuditService:
         *,
         convict: Convict,
         live_peers: Callable[[], Sequence[str]],
+        chain: Callable[[], Chain],
     ) -> None:
         self._network, self._run_digest, self._rules = network, run_digest, rules
-        self._convict, self._live_peers = convict, live_peers
+        self._convict, self._live_peers, self._chain = convict, live_peers, chain
+        self._ledger = Ledger()
         self._record: RoundRecord | None = None
         self._published = _Published()
         self._convicted: set[str] = set()
@@ -333,11 +364,19 @@ class AuditService:
         data = self._published.data.get(key)
         return None if data is None else memoryview(data)
 
+    async def accuse(self, contradiction: Contradiction) -> None:
+        """Publish two or more statements that do not go together; nothing happens where they do."""
+        why, round_ = judge_statements(contradiction, self._run_digest, self._chain())
+        if why:
+            self._found_guilty(contradiction.reducer, why, round_)
+            await self._publish(contradiction)
+
     async def audit(self, num_parts: int, rng: random.Random) -> None:
         """Compute `num_parts` parts of others again; whoever lied is published and convicted."""
         record = self._record
         if record is None:
             return
+        await self._audit_statements(record)
         own = self._network.peer_id
         statements = {
             m: open_signed(s, Statement, max_bytes=MAX_SIGNED_BYTES)[1] for m, s in record.statements.items()
@@ -352,6 +391,15 @@ class AuditService:
         ]
         for member, part in rng.sample(candidates, min(num_parts, len(candidates))):
             await self._audit_part(record, statements[member], member, part)
+
+    async def _audit_statements(self, record: RoundRecord) -> None:
+        """Whether the error feedback of every part is what the reducer's last committed statement left."""
+        for member, signed in sorted(record.statements.items()):
+            if member != self._network.peer_id:
+                found = self._ledger.contradiction(member, signed, self._run_digest, self._chain())
+                if found is not None:
+                    await self.accuse(found)
+        self._ledger.keep(record.group, record.statements)
 
     async def _audit_part(self, record: RoundRecord, statement: Statement, member: str, part: int) -> None:
         try:
@@ -431,7 +479,7 @@ class AuditService:
 
     # accusations
 
-    async def _publish(self, evidence: Evidence) -> None:
+    async def _publish(self, evidence: Evidence | Contradiction) -> None:
         data = to_bytes(evidence)
         digest = hashlib.sha256(data).hexdigest()
         self._published.data[digest] = data
@@ -459,6 +507,9 @@ class AuditService:
                 self._network, self._run_digest, f"evidence/{accusation.evidence}", [piece], [accuser]
             )
             evidence = from_bytes(data)
+            if isinstance(evidence, Contradiction):
+                self._check_statements(evidence)
+                return
             if (evidence.aggregation, evidence.screening) != self._rules:
                 raise NotConclusive("the evidence is of another rule")
             why = judge(evidence, self._run_digest)
@@ -469,10 +520,18 @@ class AuditService:
         except (NotConclusive, RecordError) as error:
             self._liars.add(accuser)
             logger.warning("%s published false evidence: %s; not listening to it again", accuser[-8:], error)
+        except UnknownRoundError as error:
+            logger.info("evidence of %s not judged: %s", accuser[-8:], error)
         except (NetworkError, RoundError) as error:
             logger.warning("evidence of %s not to be had: %s", accuser[-8:], error)
         finally:
             self._checking.discard(accuser)
+
+    def _check_statements(self, contradiction: Contradiction) -> None:
+        why, round_ = judge_statements(contradiction, self._run_digest, self._chain())
+        if not why:
+            raise NotConclusive("the statements go together")
+        self._found_guilty(contradiction.reducer, why, round_)
 
     def _found_guilty(self, reducer: str, why: str, round_: int) -> None:
         if reducer not in self._convicted:

@@ -60,6 +60,13 @@ class ErrorFeedback:
                 residual_into(sum_sent[start:stop], outgoing.parts[part], outgoing.codec)
         self.sent = sum_sent
 
+    def forget_reduced(self) -> None:
+        """The chain has gone on without this peer's own result: what others saw it sign is not what it holds.
+
+        Auditors compare the two (`peer.contradiction`), and to begin without feedback is always allowed.
+        """
+        self.reduced.clear()
+
     def reduced_by_name(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
         return {f"part.{part:05d}": values for part, values in sorted(self.reduced.items())}

@@ -93,7 +93,9 @@ class Statement(Record):
 
     kind: Literal["statement"] = "statement"
     run: HashText
-    group: HashText  # id of the attempt
+    group: HashText  # id of the attempt; the commit that came of it names it
+    round: Annotated[int, Field(ge=1)]
+    previous: HashText  # the commit that the round starts from
     first_part: Count
     senders: Annotated[list[SenderReport], Field(min_length=1, max_length=1024)]  # in the order of the group
     results: _Hashes  # sha256 of each encoded result
@@ -173,13 +175,22 @@ def open_manifest(
     return manifest
 
 
-def open_statement(data: bytes, *, reducer: str, run: str, group: str, parts: range) -> Statement:
+def open_statement(
+    data: bytes, *, reducer: str, run: str, group: str, round: int, previous: str, parts: range
+) -> Statement:
     """Check a reducer's statement about `parts`. Raises RecordError."""
     author, statement = open_signed(data, Statement, max_bytes=MAX_SIGNED_BYTES)
     if author != reducer or statement.run != run or statement.group != group:
         raise RecordError("the statement is of another reducer or another group")
+    if (statement.round, statement.previous) != (round, previous):
+        raise RecordError("the statement is of another round")
     if statement.first_part != parts.start or len(split_hashes(statement.results)) != len(parts):
         raise RecordError(f"the statement is not about parts {parts.start} to {parts.stop}")
+    if any(
+        len(split_hashes(residuals)) not in (0, len(parts))
+        for residuals in (statement.residuals_before, statement.residuals_after)
+    ):
+        raise RecordError("the statement does not name the error feedback of each of its parts")
     if any(report.num_parts > len(parts) for report in statement.senders):
         raise RecordError("the statement counts more parts than there are")
     if any(report.weight == 0 and report.num_parts > 0 for report in statement.senders):

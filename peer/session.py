@@ -14,7 +14,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,10 +32,11 @@ from coordinator.records import Promise, RecordError, SignedCommit, parse_json, 
 from coordinator.rounds import CatchUp, Finetune, Stop, trains_on
 from coordinator.spec import RunSpec, load_spec
 from coordinator.streams import Traffic
-from peer.allreduce import AllReduceService, Reduced, Rules
+from peer.allreduce import AllReduceService, Reduced, Rules, ToldTwoThings
 from peer.audit import AuditService, RoundRecord
 from peer.compression import CODECS
 from peer.config import PeerConfig
+from peer.contradiction import Contradiction
 from peer.data import TaskData
 from peer.display import Accuracy, ProgressBar, Reporter
 from peer.feedback import ErrorFeedback, cut_to_usual_norm
@@ -109,6 +110,7 @@ class _Pending:
 
     state: State
     reduced: Reduced | None  # None: computed by others, and downloaded
+    group: str | None = None  # id of the attempt that it comes from
 
 
 class Session:
@@ -122,7 +124,7 @@ class Session:
         self._dir = config.output_dir
         self._pending: dict[str, _Pending] = {}  # states that may be committed yet, by hash
         self._promise_lock, self._num_promises, self._last_promise = threading.Lock(), 0, 0
-        self._rejected_tip = ""  # hash of a commit that an audit found false
+        self._lies: dict[str, int] = {}  # who was convicted, and of which round
         self._outgoing: Outgoing | None = None  # of this round, until its audit is over
         self._feedback = ErrorFeedback()  # what compression cut off
         self._kept_delta: torch.Tensor | None = None  # of a round that was committed without it
@@ -180,7 +182,7 @@ class Session:
             initial_promise=_load_promise(self._dir / "promise.json"),
             obtain=self._obtain,
             holds=lambda state_hash: state_hash in self._pending,
-            wants_rollback=lambda tip: tip == self._rejected_tip,
+            wants_rollback=lambda tip: self._is_rejected and tip == self._agreement.chain.tip,
         )
         self._audit = AuditService(
             self._network,
@@ -188,6 +190,7 @@ class Session:
             (spec.aggregation, spec.screening),
             convict=self._convict,
             live_peers=lambda: [member.peer_id for member in self._agreement.live()],
+            chain=lambda: self._agreement.chain,
         )
         serve_run(self._network, spec, self._dir / "base", self._find_state, self._audit.open_evidence)
         self._in_network(self._network.start_dht(BoardValidator(spec.digest)), seconds=60.0)
@@ -259,6 +262,7 @@ class Session:
         if found is not None:
             chain, holders = found
             state = self._get_state(chain, holders)
+            self._feedback.forget_reduced()
             self._in_network(self._adopt(chain))
             return state
         if first is None and model_dir is not None:
@@ -436,11 +440,14 @@ class Session:
         try:
             reduced = await self._allreduce.reduce(group, outgoing, rules, residuals=self._feedback.reduced)
             state = await asyncio.to_thread(self._next_state, reduced.flat)
+        except ToldTwoThings as error:
+            self._network.create_task(self._audit.accuse(Contradiction(error.culprit, error.statements)))
+            raise
         finally:
             clock.is_reducing = False
         clock.reduce_ended = time.monotonic()
         log.traffic = reduced.traffic
-        self._hold(_Pending(state, reduced))
+        self._hold(_Pending(state, reduced, group.group_id.hex()))
         self._reporter.fused(
             group.round,
             len(group.members),
@@ -532,16 +539,20 @@ class Session:
         )
         self._agreement.ban(reducer, why)
         append_json_line(self._dir / "excluded.jsonl", {"peer": reducer, "round": round_, "why": why})
-        chain = self._agreement.chain
-        if chain.round == round_ and reducer in chain.commits[-1].commit.cohort and not chain.is_rolled_back:
-            self._rejected_tip = chain.tip
+        self._lies[reducer] = round_
 
     @property
     def _is_rejected(self) -> bool:
-        """Whether I want the state that I am at undone."""
+        """Whether I want the state that I am at undone: one who made it has lied in its round.
+
+        The lie may be older than the commit: a failed attempt showed it, and its value was signed again.
+        """
         chain = self._agreement.chain
         can_be_undone = chain.round < self.spec.num_rounds  # a roll-back is a round as well
-        return can_be_undone and self._rejected_tip != "" and self._rejected_tip == chain.tip
+        if not can_be_undone or not chain.commits or chain.is_rolled_back:
+            return False
+        cohort = chain.commits[-1].commit.cohort
+        return any(chain.round == round_ and liar in cohort for liar, round_ in list(self._lies.items()))
 
     def _roll_back(self) -> None:
         """Propose it, or follow whoever does so before me."""
@@ -569,7 +580,7 @@ class Session:
             self._save_checkpoint_if_entered()
             self._export_model()
         self._unload()
-        self._network.submit(self._audit.audit(self.spec.audit_parts, random.SystemRandom()))
+        self._network.submit(self._audit_round(committed.group.members))
         try:
             self._evaluate_fused(log)
         finally:  # told to stop meanwhile: the round happened all the same
@@ -577,6 +588,14 @@ class Session:
             self._outgoing = None
         if self._rounds_left is not None:
             self._rounds_left -= 1
+
+    async def _audit_round(self, members: Sequence[str]) -> None:
+        """In the network's thread: what others were told, and some parts computed again."""
+        try:
+            await self._allreduce.compare_statements(members)
+        except ToldTwoThings as error:
+            await self._audit.accuse(Contradiction(error.culprit, error.statements))
+        await self._audit.audit(self.spec.audit_parts, random.SystemRandom())
 
     def _keep_delta(self, delta: torch.Tensor) -> None:
         """What no commit holds: the next finetuning starts with it, cut to the norm that others had."""
@@ -586,11 +605,13 @@ class Session:
         """What the commit holds of my delta is done; what compression cut off is kept for the next round."""
         commit = self._agreement.chain.commits[-1].commit
         mine = next((c for c in commit.contributors if c.peer == self._network.peer_id), None)
+        if pending.group != commit.group:
+            self._feedback.forget_reduced()
         reduced, outgoing = pending.reduced, self._outgoing
         if mine is None or outgoing is None:
             self._keep_delta(delta)
             return
-        residuals = {} if reduced is None else reduced.residuals
+        residuals = {} if reduced is None or pending.group != commit.group else reduced.residuals
         before = dict(self._feedback.reduced)
         self._feedback.committed(delta, outgoing, mine.missing, residuals)
         if self._feedback.sent is not None:  # all of the delta, where a rule has left it out
@@ -605,6 +626,7 @@ class Session:
                     statements=reduced.statements,
                     manifests=reduced.manifests,
                     residuals_before=before,
+                    group=pending.group or "",
                 )
             )
 
@@ -648,6 +670,7 @@ class Session:
         ):
             self._kept_delta = None  # my work of this round is in it already, or started from what is undone
         self._set_state(state)
+        self._feedback.forget_reduced()
         self._in_network(self._adopt(chain))
         self._save_checkpoint_if_entered()
         self._export_model()

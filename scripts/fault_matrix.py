@@ -2,6 +2,7 @@
 
     python -m scripts.fault_matrix                     # all cells; about half a minute each
     python -m scripts.fault_matrix --only kill freeze  # some kinds
+    python -m scripts.fault_matrix --only nan --out D  # kept in D, one file a cell; the table is of all in D
 
 A cell is a swarm of processes on loopback with a tiny model; one peer fails in round 2 (`tests/faults.py`),
 the others must hold one hash in every round, commit the next round, and their states must be the mean of
@@ -75,9 +76,12 @@ CELLS = (
     Cell("wrong-group", "first-part"),
     Cell("wrong-weight", "ready"),
     Cell("wrong-result", "first-result"),
+    Cell("equivocate", "first-result"),
+    Cell("equivocate-once", "first-result"),
     Cell("truncated-state", "download"),
     Cell("forged-record", "ready"),
 )
+LIES_OF_REDUCERS = ("wrong-result", "equivocate", "equivocate-once")  # each is proven by signatures
 LIES_IN_PARTS = ("nan", "wrong-norm", "wrong-shape", "corrupt")
 
 
@@ -205,9 +209,12 @@ def _record_problems(
         return [] if named else ["the liar is not named in any record"]
     if cell.kind == "wrong-weight" and max(c["weight"] for c in contributions) > 4.0:
         return ["a declared weight was not capped"]
-    if cell.kind == "wrong-result":
+    if cell.kind in LIES_OF_REDUCERS:
         blind = [d.name for d in directories if liar not in _read_text(d / "excluded.jsonl")]
-        return [f"the audit of {', '.join(blind)} did not name the liar"] if blind else []
+        if blind:
+            return [f"{', '.join(blind)} did not name the liar"]
+        if liar in {c["peer"][-8:] for c in commits[-1]["contributors"]}:
+            return ["the liar contributed to the last round"]
     return []
 
 
@@ -252,14 +259,15 @@ def _largest_error(commits: Sequence[Mapping[str, Any]], model: Path, dump: Path
     _, backbone = load_backbone(model)
     state = backbone.numpy().astype(np.float64)
     before, worst = state, 0.0
-    for commit in commits:
+    for commit, following in zip(commits, [*commits[1:], None], strict=True):
         if commit["kind"] == "rollback":
             state = before
             continue
+        is_undone = following is not None and following["kind"] == "rollback"
         measured = _state(dump, commit["state_hash"])
         if measured is None:  # a round that none of the survivors took part in
             raise SwarmError(f"no peer held the state of round {commit['round']}")
-        if cell.kind != "wrong-result":  # its first round holds the lie
+        if not (is_undone and cell.kind in LIES_OF_REDUCERS):  # which holds the lie
             worst = max(worst, float(np.abs(measured - (state + _mean_delta(commit, dump))).max()))
         before, state = state, measured.astype(np.float64)
     return worst
@@ -288,6 +296,33 @@ def _mean_delta(commit: Mapping[str, Any], dump: Path) -> np.ndarray:
 # the command
 
 
+def _selected(only: Sequence[str] | None, steps: Sequence[str] | None, has_clean: bool) -> list[Cell]:
+    """The cells that flags ask for; the clean one as well, unless it is kept from an earlier call."""
+    chosen = [c for c in CELLS if (not only or c.kind in only) and (not steps or c.step in steps)]
+    clean = [c for c in CELLS if c.kind == "none" and c not in chosen and not has_clean]
+    return [*clean, *chosen]
+
+
+def _keep(outcome: Outcome, directory: Path) -> None:
+    text = json.dumps(asdict(outcome), indent=1) + "\n"
+    (directory / f"{outcome.kind}-at-{outcome.step}.json").write_text(text)
+
+
+def _kept(directory: Path) -> list[Outcome]:
+    """What this call and earlier ones have left, in the order of `CELLS`. Raises SwarmError."""
+    outcomes = []
+    for cell in CELLS:
+        file = directory / f"{cell.kind}-at-{cell.step}.json"
+        if not file.exists():
+            continue
+        try:
+            fields = json.loads(file.read_bytes())
+            outcomes.append(Outcome(**{**fields, "problems": tuple(fields["problems"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise SwarmError(f"{file} holds no outcome of a cell ({error}): remove it") from error
+    return outcomes
+
+
 def _print(outcomes: Sequence[Outcome], console: Console) -> None:
     clean = statistics.median([o.exchange_seconds for o in outcomes if o.kind == "none"] or [0.0])
     table = Table(title="Faults, 4 peers, the others' view", title_justify="left")
@@ -304,11 +339,17 @@ def _print(outcomes: Sequence[Outcome], console: Console) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    kinds = sorted({cell.kind for cell in CELLS} - {"none"})
+    kinds = sorted({cell.kind for cell in CELLS})
+    steps = sorted({cell.step for cell in CELLS})
     parser = Parser(prog="python -m scripts.fault_matrix", description="What each fault costs the others.")
     parser.add_argument("--only", nargs="+", choices=kinds, metavar="KIND", help="some kinds of faults")
-    parser.add_argument("--steps", nargs="+", metavar="STEP", help="some steps")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the outcomes as JSON")
+    parser.add_argument("--steps", nargs="+", choices=steps, metavar="STEP", help="some steps")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="keep every outcome as JSON there; the table is of all that are there, of earlier calls as well",
+    )
     return parser.parse(arguments)
 
 
@@ -318,26 +359,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(flags: argparse.Namespace) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
-    cells = [
-        c
-        for c in CELLS
-        if c.kind == "none"
-        or ((not flags.only or c.kind in flags.only) and (not flags.steps or c.step in flags.steps))
-    ]
+    if flags.out is not None:
+        flags.out.mkdir(parents=True, exist_ok=True)
+    kept = [] if flags.out is None else _kept(flags.out)
     outcomes = []
     with sigterm_as_exit():
-        for cell in cells:
-            with tempfile.TemporaryDirectory() as directory:
-                try:
-                    outcome = run_cell(cell, Path(directory))
-                except SwarmError as error:
-                    outcome = Outcome(cell.kind, cell.step, (str(error).splitlines()[0],), "", 0.0, 0.0)
+        for cell in _selected(flags.only, flags.steps, any(o.kind == "none" for o in kept)):
+            outcome = _outcome_of(cell)
             outcomes.append(outcome)
+            if flags.out is not None:
+                _keep(outcome, flags.out)
             console.print(f"{cell.name}: {'; '.join(outcome.problems) or 'as promised'}", soft_wrap=True)
-    _print(outcomes, console)
-    if flags.out is not None:
-        flags.out.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    _print(outcomes if flags.out is None else _kept(flags.out), console)
     return 1 if any(outcome.problems for outcome in outcomes) else 0
+
+
+def _outcome_of(cell: Cell) -> Outcome:
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            return run_cell(cell, Path(directory))
+        except SwarmError as error:
+            return Outcome(cell.kind, cell.step, (str(error).splitlines()[0],), "", 0.0, 0.0)
 
 
 if __name__ == "__main__":

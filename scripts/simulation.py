@@ -311,6 +311,9 @@ class SimulatedSwarm:
             feedback.committed(sums[peer_id], outgoing[peer_id], (), mine)
             if feedback.sent is not None:
                 feedback.sent = cut_to_usual_norm(feedback.sent, self.chain)
+        for peer_id, peer in self._peers.items():
+            if peer_id not in action.members:  # who is overtaken cannot prove what it had to make up for
+                peer.feedback.forget_reduced()
         return norm, dict(zip(action.members, fusion.plan.factors, strict=True))
 
     def _has_residual(self, owner: str, part: int) -> bool:

@@ -64,9 +64,11 @@ class Swarm:
             round or 1000 + self.num_groups, self.num_groups, members, contributions, members, 0.0, group_id
         )
 
-    def prepare(self, deltas: Sequence[torch.Tensor], codec: str = "fp32", round: int = 1) -> list[Outgoing]:
+    def prepare(
+        self, deltas: Sequence[torch.Tensor], codec: str = "fp32", round: int = 1, previous: str = PREVIOUS
+    ) -> list[Outgoing]:
         return [
-            prepare(delta, CODECS[codec], identity, run=RUN, round=round, previous=PREVIOUS)
+            prepare(delta, CODECS[codec], identity, run=RUN, round=round, previous=previous)
             for delta, identity in zip(deltas, self.identities, strict=False)
         ]
 

@@ -3,9 +3,10 @@
     python -m tests.faults KIND STEP --dump DIR -- peer.join --initial-peers ... (its flags)
 
 It fails once, at the first time that the step is reached in round 2 or later; a liar lies in that round and
-in all later ones. Every peer of the fault matrix runs under this module, the honest ones with the kind
-`none`: it then only writes to DIR what it contributed and which states it held, for the check against
-float64.
+in all later ones. `equivocate` tells two of three members another result than the third, each with a
+statement that fits, so that no majority signs; `equivocate-once` tells one, and the rest commits. Every
+peer of the fault matrix runs under this module, the honest ones with the kind `none`: it then only writes
+to DIR what it contributed and which states it held, for the check against float64.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import torch
 
 from coordinator.agreement import Agreement
 from coordinator.network import Network
-from coordinator.records import PeerRecord, sign
+from coordinator.records import PeerRecord, open_signed, sign
 from peer import allreduce, session
 from peer.layout import flat_bytes
-from peer.manifest import Manifest, Outgoing, join_hashes, part_hash
+from peer.manifest import MAX_SIGNED_BYTES, Manifest, Outgoing, Statement, join_hashes, part_hash
 
 KINDS = (
     "none",
@@ -44,6 +45,8 @@ KINDS = (
     "wrong-group",
     "wrong-weight",
     "wrong-result",
+    "equivocate",
+    "equivocate-once",
     "truncated-state",
     "forged-record",
 )
@@ -191,10 +194,36 @@ def _wrap_allreduce(injector: Injector) -> None:
             return
         await converse(self, member)
 
+    send_results = allreduce._Reducer._send_results
+
+    async def send_two_results(self: Any, stream: Any, next_result: int) -> None:
+        others = sorted(set(self._exchange.group.members) - {self._exchange.own})
+        num_deceived = {"equivocate": 2, "equivocate-once": 1}.get(injector.kind, 0)
+        if injector.round >= FIRST_ROUND and stream.peer_id in others[:num_deceived]:
+            await _tell_another_result(self, stream, next_result)
+        else:
+            await send_results(self, stream, next_result)
+
+    allreduce._Reducer._send_results = send_two_results  # type: ignore[method-assign]
     allreduce._Exchange._send_part = send_part_and_fail  # type: ignore[method-assign]
     allreduce._Reducer._send_result = send_result_and_fail  # type: ignore[method-assign]
     allreduce._Reducer._reduce_part = reduce_part_and_lie  # type: ignore[method-assign]
     allreduce._Exchange._converse = converse_elsewhere  # type: ignore[method-assign]
+
+
+async def _tell_another_result(reducer: Any, stream: Any, next_result: int) -> None:
+    """The first result with a lie added, and a statement of its own that names it."""
+    while not reducer._statement:
+        await stream.send(allreduce._ALIVE)
+        await asyncio.sleep(0.05)
+    values = np.frombuffer(reducer._results[0], dtype="<f4") + np.float32(LIE)
+    results = [values.tobytes(), *reducer._results[1:]]
+    statement = open_signed(reducer._statement, Statement, max_bytes=MAX_SIGNED_BYTES)[1]
+    lie = statement.model_copy(update={"results": join_hashes(b"".join(map(part_hash, results)))})
+    for data in results[next_result:]:
+        await stream.send(allreduce._RESULT, data)
+    signed = sign(lie, reducer._exchange.service.identity)
+    await stream.send(allreduce._STATEMENT, signed.to_bytes())
 
 
 def _with_group_id(group: Any, group_id: bytes) -> Any:

@@ -187,6 +187,7 @@ def test_alone_below_the_quorum(tmp_path: Path) -> None:
         assert member.agreement.chain.round == 0
 
 
+@pytest.mark.slow
 def test_a_member_that_refuses_is_left_out(tmp_path: Path) -> None:
     with swarm(4, tmp_path) as members:
         for member in members:
@@ -223,6 +224,7 @@ def test_a_silent_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: py
         assert_one_chain(others, 1)
 
 
+@pytest.mark.slow
 def test_a_dead_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short_waits(monkeypatch)
     with swarm(4, tmp_path) as members:
@@ -257,6 +259,7 @@ def test_one_differing_state_is_outvoted(tmp_path: Path, monkeypatch: pytest.Mon
         assert odd.agreement.chain.round == 0
 
 
+@pytest.mark.slow
 def test_without_a_majority_for_one_state_nothing_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

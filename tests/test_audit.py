@@ -17,17 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.agreement import Group
+from coordinator.chain import Chain
+from coordinator.identity import Identity
 from coordinator.network import PeerUnreachable
-from coordinator.records import RecordError, open_signed, sign
+from coordinator.records import RecordError, SignedCommit, open_signed, sign
 from coordinator.transfer import serve_blobs
 from peer import allreduce, audit, reduction
 from peer.allreduce import Reduced, _Reducer
 from peer.audit import AuditService, Evidence, NotConclusive, RoundRecord, from_bytes, judge, to_bytes
 from peer.compression import CODECS
+from peer.contradiction import Contradiction, Ledger
 from peer.manifest import MAX_SIGNED_BYTES, Manifest, Outgoing, Statement, join_hashes, split_hashes
 from peer.parts import PartGrid
 from tests.exchanges import NUM_PEERS, RUN, SIZE, Swarm, deltas, on_member, running_swarm
-from tests.fakes import CALL_SECONDS, hash_of, identity
+from tests.fakes import CALL_SECONDS, hash_of, identity, make_commit, make_spec
 
 GRID = PartGrid(SIZE)
 RULES = (("mean", "none"), ("median", "norm"), ("centered_clipping", "none"), ("mean", "norm_cosine"))
@@ -41,6 +44,15 @@ class Audits:
     swarm: Swarm
     services: list[AuditService]
     convicted: list[list[tuple[str, str, int]]]
+    chain: list[Chain] = dataclasses.field(default_factory=lambda: [Chain(make_spec())])  # of all, the last
+
+    def commit(self, group: Group) -> None:
+        """The next round of the chain that all services see: of this group. Nobody checks who signed."""
+        chain = self.chain[-1]
+        commit = make_commit(chain, ["a"], group=group.group_id.hex()).model_copy(
+            update={"contributors": list(group.contributions)}
+        )
+        self.chain.append(Chain(chain.spec, (*chain.commits, SignedCommit(commit=commit, signatures={}))))
 
     def keep(
         self,
@@ -54,7 +66,7 @@ class Audits:
         """What every member keeps of a committed round; its auditors know that it is of these rules."""
         before = residuals or [{} for _ in results]
         records = [
-            RoundRecord(round, *rules, own, result.statements, result.manifests, feedback)
+            RoundRecord(round, *rules, own, result.statements, result.manifests, feedback, _group_in(result))
             for own, result, feedback in zip(outgoing, results, before, strict=True)
         ]
         for service, record in zip(self.services, records, strict=True):
@@ -90,7 +102,13 @@ class Audits:
             service._record = None
             service._convicted.clear()
             service._liars.clear()
+            service._ledger = Ledger()
             convicted.clear()
+        del self.chain[1:]
+
+
+def _group_in(result: Reduced) -> str:
+    return statement_in(next(iter(result.statements.values()))).group
 
 
 def statement_in(signed: bytes) -> Statement:
@@ -101,7 +119,8 @@ def statement_in(signed: bytes) -> Statement:
 def started() -> Iterator[Audits]:
     with running_swarm() as swarm:
         convicted: list[list[tuple[str, str, int]]] = [[] for _ in swarm.networks]
-        services = []
+        services: list[AuditService] = []
+        audits = Audits(swarm, services, convicted)
         for network, guilty in zip(swarm.networks, convicted, strict=True):
             others = [peer for peer in swarm.peer_ids if peer != network.peer_id]
             service = AuditService(
@@ -110,11 +129,12 @@ def started() -> Iterator[Audits]:
                 ("mean", "none"),
                 convict=_recorder(guilty),
                 live_peers=others.copy,
+                chain=lambda: audits.chain[-1],
             )
             service.start()
             serve_blobs(network, RUN, _opener(service))
             services.append(service)
-        yield Audits(swarm, services, convicted)
+        yield audits
 
 
 def _recorder(guilty: list[tuple[str, str, int]]) -> Callable[[str, str, int], None]:
@@ -197,9 +217,10 @@ def test_rounds_with_error_feedback_can_be_audited(audits: Audits, codec: str) -
     """The residual of each part comes from its reducer, and its statement of the round names it."""
     residuals: list[Mapping[int, torch.Tensor]] = [{} for _ in range(NUM_PEERS)]
     for round_ in (1, 2, 3):
-        outgoing = audits.swarm.prepare(deltas(seed=round_), codec, round=round_)
+        outgoing = prepared(audits, codec, round_)
         group = audits.swarm.group(round=round_)
         results = audits.swarm.reduce(group, outgoing, residuals=residuals)
+        audits.commit(group)
         records = audits.keep(results, outgoing, ("mean", "none"), round=round_, residuals=residuals)
         audits.audit(0)
         traffic = audits.services[0].traffic
@@ -212,7 +233,58 @@ def test_rounds_with_error_feedback_can_be_audited(audits: Audits, codec: str) -
     assert audits.convicted == [[]] * NUM_PEERS
 
 
+def prepared(audits: Audits, codec: str, round_: int) -> list[Outgoing]:
+    """Contributions that start from the tip of the chain."""
+    return audits.swarm.prepare(deltas(seed=round_), codec, round=round_, previous=audits.chain[-1].tip)
+
+
 # Liars.
+
+
+def test_a_reducer_that_invents_its_feedback_is_convicted_by_its_signatures(audits: Audits) -> None:
+    """Its result of round 2 is what its parts and the feedback give that it names: no part shows the lie."""
+    residuals: list[Mapping[int, torch.Tensor]] = [{} for _ in range(NUM_PEERS)]
+    for round_ in (1, 2):
+        outgoing = prepared(audits, "int8", round_)
+        group = audits.swarm.group(round=round_)
+        results = audits.swarm.reduce(group, outgoing, residuals=residuals)
+        audits.commit(group)
+        records = audits.keep(results, outgoing, ("mean", "none"), round=round_, residuals=residuals)
+        if round_ == 1:
+            for index in range(NUM_PEERS):
+                audits.audit(index, num_parts=0)
+            residuals = [dict(result.residuals) for result in results]
+            residuals[2] = {}  # it has restarted without its checkpoint: that is honest
+            part = min(residuals[VICTIM])
+            residuals[VICTIM] = {**residuals[VICTIM], part: residuals[VICTIM][part] * 2.0}
+    liar = group.members[VICTIM]
+    assert judge(audits.collect(0, records[0], liar, part), RUN) == ""
+    audits.audit(0, num_parts=0)
+    audits.settle()
+    for index in (0, 2, 3):
+        [(reducer, why, round_)] = audits.convicted[index]
+        assert (reducer, round_) == (liar, 2)
+        assert why == f"its error feedback of part {part} is not what its last committed result left"
+    assert all(not service._liars for service in audits.services)
+
+
+def test_statements_that_go_together_are_no_accusation(audits: Audits) -> None:
+    """Who publishes them is not heard again; of a chain that nobody here has, it only is not believed."""
+    _, _, results = reduced(audits, "fp32", ("mean", "none"))
+    liar = audits.swarm.peer_ids[VICTIM]
+    statement = results[0].statements[liar]
+    accuse(audits, 3, to_bytes(Contradiction(liar, (statement,))))
+    assert [bool(service._liars) for service in audits.services] == [False] * NUM_PEERS  # another chain
+    signed = resigned(statement, audits.swarm.identities[VICTIM], previous=audits.chain[-1].tip)
+    accuse(audits, 3, to_bytes(Contradiction(liar, (signed, signed))))
+    assert [bool(service._liars) for service in audits.services] == [True, True, True, False]
+    other = resigned(statement, audits.swarm.identities[VICTIM], results=join_hashes(bytes(32 * 3)))
+    accuse(audits, 2, to_bytes(Contradiction(liar, (statement, other))))
+    assert audits.convicted[0] == [(liar, "it told two members different results", 1)]
+
+
+def resigned(signed: bytes, author: Identity, **changes: Any) -> bytes:
+    return sign(Statement.model_validate({**statement_in(signed).model_dump(), **changes}), author).to_bytes()
 
 
 def lie_about(monkeypatch: pytest.MonkeyPatch, peer_id: str, part: int) -> None:
@@ -266,7 +338,9 @@ def test_evidence_convinces_one_who_kept_nothing(audits: Audits, monkeypatch: py
     results = audits.swarm.reduce(group, outgoing)
     records = audits.keep(results, outgoing, ("mean", "none"))
     evidence = audits.collect(0, records[0], liar, part)
-    assert "not what its senders' parts give" in judge(from_bytes(to_bytes(evidence)), RUN)
+    received = from_bytes(to_bytes(evidence))
+    assert isinstance(received, Evidence)
+    assert "not what its senders' parts give" in judge(received, RUN)
     honest_part = part + 1
     assert judge(audits.collect(0, records[0], liar, honest_part), RUN) == ""
 
@@ -541,6 +615,10 @@ def test_every_cut_is_refused() -> None:
     )
     data = to_bytes(evidence)
     assert from_bytes(data) == evidence
+    contradiction = Contradiction("a", (b"12", b"3"))
+    assert from_bytes(to_bytes(contradiction)) == contradiction
+    with pytest.raises(RecordError):
+        from_bytes(to_bytes(contradiction)[:-1])
     for length in range(len(data)):
         with pytest.raises(RecordError):
             from_bytes(data[:length])
@@ -572,5 +650,6 @@ def test_a_changed_byte_is_never_a_crash(data: st.DataObject) -> None:
         parsed = from_bytes(bytes(changed))
     except RecordError:
         return
+    assert isinstance(parsed, Evidence)
     with pytest.raises(NotConclusive):
         judge(parsed, RUN)

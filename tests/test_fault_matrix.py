@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from scripts.fault_matrix import CELLS, Cell, run_cell
+from coordinator.errors import SwarmError
+from scripts.fault_matrix import CELLS, Cell, Outcome, _keep, _kept, _selected, run_cell
 
-FAST = (Cell("kill", "middle-part"), Cell("nan", "middle-part"), Cell("wrong-result", "first-result"))
+FAST = (Cell("kill", "middle-part"), Cell("wrong-result", "first-result"))
 BOUND_SECONDS = 60.0  # of the slowest survivor, from ready to committed: deadlines add up to about 20
 
 
@@ -25,3 +27,24 @@ def test_the_others_hold_one_hash_and_go_on(cell: Cell, tmp_path: Path) -> None:
     assert outcome.exchange_seconds < BOUND_SECONDS
     if cell.kind == "wrong-result":
         assert "rolled back" in outcome.what_happened
+
+
+def test_outcomes_of_several_calls_make_one_table(tmp_path: Path) -> None:
+    later = Outcome("nan", "last-part", ("a state is off",), "3 peers", 2.5, 1e-3)
+    earlier = Outcome("none", "ready", (), "4 peers", 0.5, 6e-8)
+    for outcome in (later, earlier):
+        _keep(outcome, tmp_path)
+    assert _kept(tmp_path) == [earlier, later]  # in the order of the cells
+    _keep(replace(later, problems=()), tmp_path)
+    assert [outcome.problems for outcome in _kept(tmp_path)] == [(), ()]
+    (tmp_path / "kill-at-ready.json").write_text('{"kind": "kill"}')
+    with pytest.raises(SwarmError, match=r"kill-at-ready\.json holds no outcome"):
+        _kept(tmp_path)
+
+
+def test_the_clean_cell_runs_once() -> None:
+    clean, kill = Cell("none", "ready"), Cell("kill", "commit")
+    assert _selected(["kill"], ["commit"], has_clean=False) == [clean, kill]
+    assert _selected(["kill"], ["commit"], has_clean=True) == [kill]
+    assert _selected(["none"], None, has_clean=True) == [clean]
+    assert _selected(None, None, has_clean=True) == list(CELLS)

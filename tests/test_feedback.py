@@ -103,6 +103,15 @@ def test_residuals_of_a_reducer_change_with_a_commit_alone() -> None:
     assert before[4].tolist() == [2.0]
 
 
+def test_who_was_overtaken_drops_what_it_holds_as_a_reducer_and_nothing_else() -> None:
+    feedback = ErrorFeedback(torch.tensor([1.0]), {3: torch.tensor([2.0])})
+    kept = dict(feedback.reduced)  # of the round that is being audited
+    feedback.forget_reduced()
+    assert feedback.reduced == {}
+    assert feedback.sent is not None
+    assert list(kept) == [3]
+
+
 def test_through_a_checkpoint() -> None:
     feedback = ErrorFeedback(torch.tensor([1.0, 2.0]), {12: torch.tensor([3.0]), 4095: torch.tensor([4.0])})
     names = feedback.reduced_by_name()

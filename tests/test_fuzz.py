@@ -173,6 +173,8 @@ STATEMENT_VALUES: dict[str, Any] = {
     "kind": "statement",
     "run": RUN,
     "group": hash_of("group"),
+    "round": 1,
+    "previous": hash_of("previous"),
     "first_part": 0,
     "results": manifests.join_hashes(b"h" * 32),
     "senders": [
@@ -255,7 +257,15 @@ def parse_manifest_record(data: bytes) -> object:
 
 
 def parse_statement(data: bytes) -> object:
-    statement = open_statement(data, reducer=peer("a"), run=RUN, group=hash_of("group"), parts=range(1))
+    statement = open_statement(
+        data,
+        reducer=peer("a"),
+        run=RUN,
+        group=hash_of("group"),
+        round=1,
+        previous=hash_of("previous"),
+        parts=range(1),
+    )
     return manifests.figures_of(statement), statement.digest
 
 

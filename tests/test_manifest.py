@@ -194,6 +194,8 @@ def make_statement(**changes: Any) -> Statement:
     values: dict[str, Any] = {
         "run": RUN,
         "group": GROUP,
+        "round": 4,
+        "previous": PREVIOUS,
         "first_part": 3,
         "senders": [make_report("a"), make_report("b")],
         "results": join_hashes(bytes(64)),
@@ -203,7 +205,9 @@ def make_statement(**changes: Any) -> Statement:
 
 def opened_statement(statement: Statement, author: str = "a") -> Statement:
     signed = sign(statement, identity(author)).to_bytes()
-    return open_statement(signed, reducer=peer("a"), run=RUN, group=GROUP, parts=PARTS)
+    return open_statement(
+        signed, reducer=peer("a"), run=RUN, group=GROUP, round=4, previous=PREVIOUS, parts=PARTS
+    )
 
 
 def test_a_statement_comes_back_as_it_was() -> None:
@@ -218,6 +222,10 @@ def test_a_statement_comes_back_as_it_was() -> None:
     [
         ({"run": hash_of("other")}, "another group"),
         ({"group": hash_of("other")}, "another group"),
+        ({"round": 5}, "another round"),
+        ({"previous": RUN}, "another round"),
+        ({"residuals_before": join_hashes(bytes(32))}, "error feedback of each"),
+        ({"residuals_after": join_hashes(bytes(96))}, "error feedback of each"),
         ({"first_part": 2}, "not about parts 3 to 5"),
         ({"results": join_hashes(bytes(32))}, "not about parts"),
         ({"results": join_hashes(bytes(96))}, "not about parts"),

@@ -208,8 +208,8 @@ def final_state(directory: Path) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("event_name", "number", "exit_code"),
     [
-        ("joined", signal.SIGTERM, 143),
-        ("round_started", signal.SIGINT, 130),
+        pytest.param("joined", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("round_started", signal.SIGINT, 130, marks=pytest.mark.slow),
         ("finetuned", signal.SIGTERM, 143),
     ],
 )
@@ -256,6 +256,7 @@ def test_a_swarm_of_one_resumes_after_sigkill_and_is_found_by_another(tmp_path: 
     assert [entry["round"] for entry in rounds_file(tmp_path / "one")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow  # the decision is tested in test_rounds.py, the call in test_agreement.py
 def test_a_lone_peer_says_so_and_commits_when_company_comes(tmp_path: Path) -> None:
     model = make_model_dir(tmp_path / "pretrained")
     tasks = [write_task(tmp_path / f"{i}.jsonl", seed=i) for i in range(2)]
