@@ -48,6 +48,8 @@ LIMIT_SECONDS = 300.0
 GLOO, STOCK = "gloo", "stock hivemind"
 DELTA_SCALE = 1e-3
 SERVING_SECONDS = 0.3
+PROCESS_BYTES, BYTES_PER_VALUE = 450_000_000, 60  # of a worker that has gloo and all codecs behind it
+MEMORY_SHARE = 0.85  # of what is free; 16 workers with 22.7M values each need 29 GB
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Sample:
 class Row:
     peers: int
     method: str
+    num_values: int
     seconds: float  # medians over the repeats; of the slowest peer
     times_gloo: float
     prepare_seconds: float
@@ -336,13 +339,14 @@ def _repeat(flags: argparse.Namespace, swarms: Mapping[str, Swarm], samples: Sam
                 samples.setdefault(method, []).append(result)
 
 
-def _row(num_peers: int, method: str, samples: Samples) -> Row:
+def _row(num_peers: int, method: str, num_values: int, samples: Samples) -> Row:
     slowest = [max(s.seconds for s in repeat) for repeat in samples[method]]
     gloo = [max(s.seconds for s in repeat) for repeat in samples[GLOO]]
     every = [sample for repeat in samples[method] for sample in repeat]
     return Row(
         peers=num_peers,
         method=method,
+        num_values=num_values,
         seconds=statistics.median(slowest),
         times_gloo=statistics.median(s / g for s, g in zip(slowest, gloo, strict=True)),
         prepare_seconds=statistics.median(s.prepare_seconds for s in every) if method in CODECS else 0.0,
@@ -355,11 +359,12 @@ def _row(num_peers: int, method: str, samples: Samples) -> Row:
 
 
 def _print(rows: Sequence[Row], flags: argparse.Namespace, console: Console) -> None:
-    title = f"One exchange of {flags.values / 1e6:.1f}M float32 values, medians of {flags.repeats} repeats"
+    title = f"One exchange of float32 values, medians of {flags.repeats} repeats"
     table = Table(title=title, title_justify="left")
     for heading in ("peers", "method"):
         table.add_column(heading)
     for heading in (
+        "values",
         "seconds",
         "x gloo",
         "prepare s",
@@ -374,6 +379,7 @@ def _print(rows: Sequence[Row], flags: argparse.Namespace, console: Console) -> 
         table.add_row(
             str(row.peers),
             row.method,
+            f"{row.num_values / 1e6:.1f}M",
             f"{row.seconds:.2f}",
             f"{row.times_gloo:.1f}",
             f"{row.prepare_seconds:.2f}",
@@ -453,14 +459,24 @@ def _main(flags: argparse.Namespace) -> int:
     rows: list[Row] = []
     samples: dict[int, Samples] = {}
     for num_peers in flags.peers:
-        samples[num_peers] = measure(flags, num_peers)
-        rows += [_row(num_peers, method, samples[num_peers]) for method in samples[num_peers]]
+        fitting = argparse.Namespace(**{**vars(flags), "values": fitting_values(flags.values, num_peers)})
+        done = samples[num_peers] = measure(fitting, num_peers)
+        rows += [_row(num_peers, method, fitting.values, done) for method in done]
         _print(rows, flags, console)
-    if flags.out is not None:
-        flags.out.mkdir(parents=True, exist_ok=True)
-        (flags.out / "fusion.json").write_text(json.dumps(_report(flags, rows, samples), indent=1) + "\n")
-        _plot(rows, flags.out / "fusion.png")
+        if flags.out is not None:  # each time: the next one may be too much for the machine
+            flags.out.mkdir(parents=True, exist_ok=True)
+            _write(flags.out / "fusion.json", json.dumps(_report(flags, rows, samples), indent=1) + "\n")
+            _plot(rows, flags.out / "fusion.png")
     return 0
+
+
+def fitting_values(num_values: int, num_peers: int, free_bytes: int | None = None) -> int:
+    """`num_values`, or as many as this machine has memory for in so many processes. Raises SwarmError."""
+    free = psutil.virtual_memory().available if free_bytes is None else free_bytes
+    fitting = int((MEMORY_SHARE * free / num_peers - PROCESS_BYTES) / BYTES_PER_VALUE)
+    if fitting < 1:
+        raise SwarmError(f"{num_peers} peers need more than the {free / 1e9:.1f} GB of memory that are free")
+    return min(num_values, fitting)
 
 
 def _report(flags: argparse.Namespace, rows: Sequence[Row], samples: Mapping[int, Samples]) -> dict[str, Any]:

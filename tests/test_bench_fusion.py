@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench_fusion import main
+from coordinator.errors import SwarmError
+from scripts.bench_fusion import fitting_values, main
+
+
+def test_as_many_values_as_there_is_memory_for() -> None:
+    gigabytes = 10**9
+    assert fitting_values(22_700_000, 4, 24 * gigabytes) == 22_700_000
+    # (0.85 * 24 GB / 16 - 0.45 GB) / 60 bytes
+    assert fitting_values(22_700_000, 16, 24 * gigabytes) == 13_750_000
+    with pytest.raises(SwarmError, match=r"16 peers need more than the 8\.0 GB"):
+        fitting_values(100, 16, 8 * gigabytes)
 
 
 @pytest.mark.slow
