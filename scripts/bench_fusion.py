@@ -49,6 +49,7 @@ GLOO, STOCK = "gloo", "stock hivemind"
 DELTA_SCALE = 1e-3
 SERVING_SECONDS = 0.3
 PROCESS_BYTES, BYTES_PER_VALUE = 450_000_000, 60  # of a worker that has gloo and all codecs behind it
+STOCK_PROCESS_BYTES, STOCK_BYTES_PER_VALUE = 450_000_000, 45  # of the one with the stock averager beside it
 MEMORY_SHARE = 0.85  # of what is free; 16 workers with 22.7M values each need 29 GB
 
 
@@ -459,7 +460,10 @@ def _main(flags: argparse.Namespace) -> int:
     rows: list[Row] = []
     samples: dict[int, Samples] = {}
     for num_peers in flags.peers:
-        fitting = argparse.Namespace(**{**vars(flags), "values": fitting_values(flags.values, num_peers)})
+        has_stock = num_peers <= flags.stock_up_to
+        fitting = argparse.Namespace(
+            **{**vars(flags), "values": fitting_values(flags.values, num_peers, has_stock)}
+        )
         done = samples[num_peers] = measure(fitting, num_peers)
         rows += [_row(num_peers, method, fitting.values, done) for method in done]
         _print(rows, flags, console)
@@ -470,10 +474,12 @@ def _main(flags: argparse.Namespace) -> int:
     return 0
 
 
-def fitting_values(num_values: int, num_peers: int, free_bytes: int | None = None) -> int:
+def fitting_values(num_values: int, num_peers: int, has_stock: bool, free_bytes: int | None = None) -> int:
     """`num_values`, or as many as this machine has memory for in so many processes. Raises SwarmError."""
     free = psutil.virtual_memory().available if free_bytes is None else free_bytes
-    fitting = int((MEMORY_SHARE * free / num_peers - PROCESS_BYTES) / BYTES_PER_VALUE)
+    fixed = PROCESS_BYTES + (STOCK_PROCESS_BYTES if has_stock else 0)
+    per_value = BYTES_PER_VALUE + (STOCK_BYTES_PER_VALUE if has_stock else 0)
+    fitting = int((MEMORY_SHARE * free / num_peers - fixed) / per_value)
     if fitting < 1:
         raise SwarmError(f"{num_peers} peers need more than the {free / 1e9:.1f} GB of memory that are free")
     return min(num_values, fitting)

@@ -13,11 +13,13 @@ from scripts.bench_fusion import fitting_values, main
 
 def test_as_many_values_as_there_is_memory_for() -> None:
     gigabytes = 10**9
-    assert fitting_values(22_700_000, 4, 24 * gigabytes) == 22_700_000
+    assert fitting_values(22_700_000, 4, True, 24 * gigabytes) == 22_700_000
     # (0.85 * 24 GB / 16 - 0.45 GB) / 60 bytes
-    assert fitting_values(22_700_000, 16, 24 * gigabytes) == 13_750_000
+    assert fitting_values(22_700_000, 16, False, 24 * gigabytes) == 13_750_000
+    # (0.85 * 24 GB / 8 - 0.9 GB) / 105 bytes
+    assert fitting_values(22_700_000, 8, True, 24 * gigabytes) == 15_714_285
     with pytest.raises(SwarmError, match=r"16 peers need more than the 8\.0 GB"):
-        fitting_values(100, 16, 8 * gigabytes)
+        fitting_values(100, 16, False, 8 * gigabytes)
 
 
 @pytest.mark.slow
