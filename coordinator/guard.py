@@ -94,6 +94,8 @@ class Guard:
             str, StreamHandler
         ] = {}  # raw ones, to be registered again after a restart
         self._disconnecting: set[str] = set()
+        # (peer id, handler, text) of each error that a caller is told
+        self.on_refusal: Callable[[str, str, bytes], None] = lambda peer_id, name, why: None
 
     async def pass_call(self, p2p: P2P, peer_id: str, handler_name: str, num_bytes: int) -> None:
         """Returns when the call may be served. Raises RecordError when it is refused."""
@@ -251,6 +253,8 @@ async def _handle_unary(p2p: GuardedP2P, control: ControlClient, call_id: Any, r
     if message.ByteSize() > control.persistent_conn_max_msg_size:
         error_reply = p2pd_pb2.CallUnaryResponse(error=b"the reply is too large")
         message = p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, unaryResponse=error_reply)
+    if message.unaryResponse.HasField("error"):
+        p2p.guard.on_refusal(str(remote_id), _handler_name(request.proto), message.unaryResponse.error)
     await control._pending_messages.put(message)
 
 

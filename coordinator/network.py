@@ -38,6 +38,7 @@ from coordinator.errors import NetworkError, UsageError
 from coordinator.guard import Guard, GuardedP2P, guard_dht
 from coordinator.identity import Identity
 from coordinator.janitor import DaemonLoop, Janitor
+from coordinator.outgoing import DHT, Answer, Recorder, begin_answer, ignore, report
 from coordinator.records import MAX_MESSAGE_BYTES, RecordError, parse_json
 
 logger = logging.getLogger(__name__)
@@ -108,25 +109,50 @@ class _KnownPeer:
 class _PeerRpc(ServicerBase):
     """One unary and one streaming call, both told apart by a method name in a JSON request."""
 
-    def __init__(self, unary: dict[str, UnaryHandler], streams: dict[str, StreamHandler]) -> None:
-        self._unary, self._streams = unary, streams
+    def __init__(
+        self, unary: dict[str, UnaryHandler], streams: dict[str, StreamHandler], record: Recorder
+    ) -> None:
+        self._unary, self._streams, self._record = unary, streams, record
+        self._answers: set[Answer] = set()  # under way
 
     async def rpc_call(self, request: BytesValue, context: P2PContext) -> BytesValue:
         method, body = _parse_request(request.value)
-        reply = await self._unary[method](str(context.remote_id), body)
+        peer_id = str(context.remote_id)
+        reply = await self._unary[method](peer_id, body)
+        report(self._record, "reply", method, peer_id, reply)
         return BytesValue(value=reply)
 
     async def rpc_stream(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
-        method, body = _parse_request(request.value)
-        async for part in self._streams[method](str(context.remote_id), body):
-            yield BytesValue(value=part)
+        peer_id, method = str(context.remote_id), ""
+        answer = None
+        try:
+            method, body = _parse_request(request.value)
+            answer = Answer(self._record, method, peer_id)
+            self._answers.add(answer)
+            begin_answer(answer)
+            async for part in self._streams[method](peer_id, body):
+                answer.add(part)
+                yield BytesValue(value=part)
+        except Exception as error:  # hivemind tells it to the caller
+            report(self._record, "refusal", method, peer_id, str(error).encode())
+            raise
+        finally:
+            if answer is not None:
+                answer.end()
+                self._answers.discard(answer)
+
+    def end_answers(self) -> None:
+        """Those that were cut off this moment count as well."""
+        for answer in list(self._answers):
+            answer.end()
 
 
 class Network:
     """The asyncio thread with p2p daemon and DHT node. A context manager: leaving it leaves no process."""
 
-    def __init__(self, config: NetworkConfig) -> None:
-        self._config = config
+    def __init__(self, config: NetworkConfig, record: Recorder = ignore) -> None:
+        """`record` is told of every message that leaves, in the network's own thread."""
+        self._config, self.record = config, record
         self._reached: list[str] = []  # entry points that answered
         self._unary: dict[str, UnaryHandler] = {}
         self._streams: dict[str, StreamHandler] = {}
@@ -135,6 +161,8 @@ class Network:
         self._thread = threading.Thread(target=self._run_loop, name="network", daemon=True)
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio itself keeps no strong reference
         self._guard = Guard()
+        self._guard.on_refusal = self._refused
+        self._rpc = _PeerRpc(self._unary, self._streams, record)
         self._p2p: GuardedP2P | None = None
         self._node: DHTNode | None = None
         self._validator: RecordValidatorBase | None = None
@@ -275,6 +303,7 @@ class Network:
     async def _call_once(self, peer_id: str, method: str, body: object, timeout_seconds: float) -> bytes:
         stub = _PeerRpc.get_stub(self.p2p, PeerID.from_base58(peer_id), namespace=RPC_NAMESPACE)
         request = BytesValue(value=_make_request(method, body))
+        report(self.record, "call", method, peer_id, request.value)
         try:
             reply = await asyncio.wait_for(stub.rpc_call(request), timeout_seconds)
         except _CALL_ERRORS as error:
@@ -289,8 +318,13 @@ class Network:
         """One request, many parts; the limit counts between two parts. Raises PeerUnreachable."""
         stub = _PeerRpc.get_stub(self.p2p, PeerID.from_base58(peer_id), namespace=RPC_NAMESPACE)
         request = BytesValue(value=_make_request(method, body))
+
+        async def requests() -> AsyncIterator[BytesValue]:  # asked for once the stream is open
+            report(self.record, "call", method, peer_id, request.value)
+            yield request
+
         try:
-            parts = await asyncio.wait_for(stub.rpc_stream(request), timeout_seconds)
+            parts = await asyncio.wait_for(stub.rpc_stream(requests()), timeout_seconds)
             while True:
                 part = await asyncio.wait_for(anext(parts, None), timeout_seconds)
                 if part is None:
@@ -329,6 +363,7 @@ class Network:
         """Raises NetworkError, within a bounded time."""
         if self._node is None:
             raise NetworkError("the DHT is not running")
+        report(self.record, "record", key.rpartition("/")[2], DHT, value)
         store = self._node.store(key, value, expiration_time=expires_at, subkey=subkey)
         return bool(await _bounded(store, "the DHT did not store a record"))
 
@@ -368,7 +403,7 @@ class Network:
         self._reached = await self._dial_entry_points()
         for address in self._reached:
             self.remember(_split_address(address)[1], [address])
-        await _PeerRpc(self._unary, self._streams).add_p2p_handlers(self._p2p, namespace=RPC_NAMESPACE)
+        await self._rpc.add_p2p_handlers(self._p2p, namespace=RPC_NAMESPACE)
         self._port = await self._listening_port()
         self.create_task(self._watch_daemon())
         self.create_task(self._keep_reaching())
@@ -505,7 +540,7 @@ class Network:
 
     async def _reconnect(self) -> None:
         """Handlers, connections and DHT node of the old daemon, in the new one."""
-        await _PeerRpc(self._unary, self._streams).add_p2p_handlers(self.p2p, namespace=RPC_NAMESPACE)
+        await self._rpc.add_p2p_handlers(self.p2p, namespace=RPC_NAMESPACE)
         present = self.p2p._client.control.handlers
         for name, handler in list(self._guard.stream_handlers.items()):
             if name not in present:
@@ -569,6 +604,10 @@ class Network:
         for task in leftover:
             task.cancel()
         await asyncio.wait(leftover, timeout=2.0) if leftover else None
+        self._rpc.end_answers()
+
+    def _refused(self, peer_id: str, name: str, why: bytes) -> None:
+        report(self.record, "refusal", name, peer_id, why)
 
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -26,6 +26,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerErr
 
 from coordinator.errors import NetworkError
 from coordinator.network import Network
+from coordinator.outgoing import About, Recorder, ignore, report
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ JOINED_BYTES = 16 * 1024  # of a payload that are copied behind the header: one 
 SOCKET_BUFFER_BYTES = 1024 * 1024  # to and from the daemon: a part of 256 KB leaves in one call
 MAX_GREETING_BYTES = 1024
 GREETING_SECONDS = 5.0
+NO_NAMES: Mapping[int, str] = {}  # of frames, for people
+_GREETING = About(kind="greeting")
 
 
 class StreamError(NetworkError):
@@ -55,9 +58,19 @@ class FrameStream:
     """
 
     def __init__(
-        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, greeting: bytes = b""
+        self,
+        peer_id: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        greeting: bytes = b"",
+        *,
+        record: Recorder = ignore,
+        frame_names: Mapping[int, str] = NO_NAMES,
     ) -> None:
+        """`record` is told of every frame that leaves, under its name."""
         self.peer_id = peer_id
+        self._record, self._frame_names = record, frame_names
+        self._about: About | None = None
         self._streams = (reader, writer)  # either one closes the transport when nobody holds it any more
         transport = cast(asyncio.Transport, writer.transport)
         self.greeting = greeting  # what its opener said first; empty at the opener
@@ -70,12 +83,19 @@ class FrameStream:
         transport.set_write_buffer_limits(high=0)
         _enlarge_buffers(transport)
 
+    def describe(self, about: About) -> None:
+        """Of the next frame, for the ledger."""
+        self._about = about
+
     async def send(self, kind: int, *chunks: bytes | bytearray | memoryview) -> None:
         """Returns when the daemon has taken all of it: a silent peer blocks. Raises StreamError."""
         length = sum(len(chunk) for chunk in chunks)
         *small, large = chunks or (b"",)
         start = min(len(large), JOINED_BYTES)
         head = b"".join([_HEADER.pack(kind, length), *small, memoryview(large)[:start]])
+        name = self._frame_names.get(kind, f"frame {kind}")
+        report(self._record, name, "", self.peer_id, *chunks, about=self._about)
+        self._about = None
         try:
             self._transport.write(head)
             self._transport.write(memoryview(large)[start:])
@@ -216,7 +236,9 @@ def _finish(future: asyncio.Future[None] | None, error: Exception | None = None)
 StreamHandler = Callable[[FrameStream], Awaitable[None]]
 
 
-async def serve_streams(network: Network, name: str, handler: StreamHandler) -> None:
+async def serve_streams(
+    network: Network, name: str, handler: StreamHandler, frame_names: Mapping[int, str] = NO_NAMES
+) -> None:
     """Give every stream that another peer opens under `name` to `handler`; it is closed afterwards."""
 
     async def on_stream(info: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -228,7 +250,9 @@ async def serve_streams(network: Network, name: str, handler: StreamHandler) -> 
             logger.debug("no greeting from %s: %s", peer_id[-8:], error)
             writer.close()
             return
-        stream = FrameStream(peer_id, reader, writer, greeting)
+        stream = FrameStream(
+            peer_id, reader, writer, greeting, record=network.record, frame_names=frame_names
+        )
         try:
             await handler(stream)
         except StreamError as error:
@@ -240,7 +264,13 @@ async def serve_streams(network: Network, name: str, handler: StreamHandler) -> 
 
 
 async def open_stream(
-    network: Network, peer_id: str, name: str, greeting: bytes, *, timeout_seconds: float
+    network: Network,
+    peer_id: str,
+    name: str,
+    greeting: bytes,
+    *,
+    timeout_seconds: float,
+    frame_names: Mapping[int, str] = NO_NAMES,
 ) -> FrameStream:
     """Raises StreamError when the peer cannot be reached in time, or does not take such streams."""
     try:
@@ -253,7 +283,8 @@ async def open_stream(
         raise StreamError(
             f"no stream to {peer_id[-8:]}: {why.splitlines()[0][:160] if why else ''}"
         ) from error
-    stream = FrameStream(peer_id, reader, writer)
+    stream = FrameStream(peer_id, reader, writer, record=network.record, frame_names=frame_names)
+    stream.describe(_GREETING)
     await stream.send(0, greeting)
     return stream
 

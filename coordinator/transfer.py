@@ -15,11 +15,12 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordinator.errors import NetworkError
 from coordinator.network import STREAM_PART_BYTES, Network, PeerUnreachable
+from coordinator.outgoing import About, describe
 from coordinator.records import RecordError
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,16 @@ def deadline_seconds(
     return min(maximum, DEADLINE_FACTOR * num_bytes / rate + DEADLINE_GRACE_SECONDS)
 
 
-def serve_blobs(network: Network, run_digest: str, open_blob: Callable[[str], memoryview | None]) -> None:
-    """Answer requests for byte ranges; `open_blob(key)` gives the bytes of a key, None if not held."""
+def serve_blobs(
+    network: Network,
+    run_digest: str,
+    open_blob: Callable[[str], memoryview | None],
+    about: Callable[[str, int, int], About] = lambda key, start, stop: About(kind="blob", of=key),
+) -> None:
+    """Answer requests for byte ranges; `open_blob(key)` gives the bytes of a key, None if not held.
+
+    `about` is asked after that: what these bytes of a key are.
+    """
     turns = _Turns(MAX_STREAMS_PER_PEER)
 
     async def blob(peer_id: str, body: Any) -> AsyncIterator[bytes]:
@@ -69,6 +78,7 @@ def serve_blobs(network: Network, run_digest: str, open_blob: Callable[[str], me
             data = open_blob(key)
             if data is None or stop > len(data):
                 raise RecordError("not held here")
+            describe(replace(about(key, start, stop), data=data[start:stop]))
             for offset in range(start, stop, STREAM_PART_BYTES):
                 yield bytes(data[offset : min(offset + STREAM_PART_BYTES, stop)])
         finally:

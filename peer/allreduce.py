@@ -40,6 +40,7 @@ from coordinator.agreement import Group, GroupFailed
 from coordinator.errors import RoundError
 from coordinator.identity import Identity
 from coordinator.network import Network, PeerUnreachable
+from coordinator.outgoing import About
 from coordinator.records import MAX_MISSING_RANGES, Contribution, RecordError, parse_json, sign
 from coordinator.streams import FrameStream, StreamError, Traffic, open_stream, serve_streams
 from peer.aggregate import Plan, needs_gram
@@ -93,6 +94,17 @@ NORM_CAP = 3.0  # a result longer than that times its ingredients is a lie
 FEEDBACK_CAP = 2.2  # error feedback that makes a result longer is dropped; rounding may add a third, of int4
 
 _WELCOME, _REFUSED, _MANIFEST, _PART, _FIGURES, _RESULT, _STATEMENT, _ALIVE, _DONE = range(1, 10)
+FRAME_NAMES = {
+    _WELCOME: "signal",
+    _REFUSED: "refusal",
+    _MANIFEST: "delta manifest",
+    _PART: "delta part",
+    _FIGURES: "figures",
+    _RESULT: "result part",
+    _STATEMENT: "statement",
+    _ALIVE: "signal",
+    _DONE: "signal",
+}
 _U32 = struct.Struct(">I")
 _GROUP_ID_BYTES = 32
 _MAX_TEXT_BYTES = 200
@@ -142,7 +154,7 @@ class AllReduceService:
 
     async def start(self) -> None:
         self.network.on_call("statements", self._on_statements)
-        await serve_streams(self.network, self.name, self._on_stream)
+        await serve_streams(self.network, self.name, self._on_stream, FRAME_NAMES)
 
     async def reduce(
         self, group: Group, outgoing: Outgoing, rules: Rules, *, residuals: Mapping[int, torch.Tensor]
@@ -299,6 +311,7 @@ class _Exchange:
     ) -> None:
         self.service, self.group, self.outgoing, self.rules = service, group, outgoing, rules
         self.grid, self.codec = outgoing.grid, outgoing.codec
+        self._part_hashes = outgoing.manifest.part_hashes()
         self.own = service.identity.peer_id
         self.is_two_phase = needs_gram(rules.aggregation, rules.screening)
         self._owned = self.grid.owned(group.members)
@@ -422,7 +435,12 @@ class _Exchange:
         hello = self.group.group_id + _U32.pack(len(self._hashes[member]))
         opening_since = time.monotonic()
         stream = await open_stream(
-            self.service.network, member, self.service.name, hello, timeout_seconds=OPEN_SECONDS
+            self.service.network,
+            member,
+            self.service.name,
+            hello,
+            timeout_seconds=OPEN_SECONDS,
+            frame_names=FRAME_NAMES,
         )
         self.service.opened(member, time.monotonic() - opening_since)
         with self._using(stream):
@@ -459,7 +477,18 @@ class _Exchange:
             await self._send_part(stream, part)
 
     async def _send_part(self, stream: FrameStream, part: int) -> None:
+        norm = self.outgoing.manifest.squared_norms[part]
+        stream.describe(self.about_part(part, self._part_hashes[part], norm))
         await stream.send(_PART, self.outgoing.parts[part])
+
+    def about_part(self, part: int, sha256: bytes, squared_norm: float | None = None) -> About:
+        """For the ledger; all of it is known already."""
+        return About(
+            round=self.outgoing.manifest.round,
+            values=self.grid.bounds(part),
+            squared_norm=squared_norm,
+            sha256=sha256,
+        )
 
     async def _take_results(self, stream: FrameStream, member: str) -> None:
         num_bytes = self.codec.size_bytes(self.grid.part_values)
@@ -1013,4 +1042,6 @@ class _Reducer:
         return has_more()
 
     async def _send_result(self, stream: FrameStream, index: int) -> None:
+        sha256 = self._exchange.result_hashes(self._exchange.own)[index]
+        stream.describe(self._exchange.about_part(self._parts.start + index, sha256))
         await stream.send(_RESULT, self._results[index])

@@ -28,11 +28,12 @@ import torch
 from coordinator.chain import Chain
 from coordinator.errors import NetworkError, RoundError
 from coordinator.network import STREAM_PART_BYTES, Network, PeerUnreachable
+from coordinator.outgoing import About, describe
 from coordinator.records import HashText, Record, RecordError, open_signed, parse_json, parse_record
 from coordinator.transfer import Piece, fetch_blob
 from peer.aggregate import needs_gram
 from peer.compression import CODECS
-from peer.contradiction import Contradiction, Ledger, UnknownRoundError, judge_statements
+from peer.contradiction import Contradiction, StatementLog, UnknownRoundError, judge_statements
 from peer.manifest import (
     MAX_SIGNED_BYTES,
     Manifest,
@@ -333,7 +334,7 @@ class AuditService:
     ) -> None:
         self._network, self._run_digest, self._rules = network, run_digest, rules
         self._convict, self._live_peers, self._chain = convict, live_peers, chain
-        self._ledger = Ledger()
+        self._statements = StatementLog()
         self._record: RoundRecord | None = None
         self._published = _Published()
         self._convicted: set[str] = set()
@@ -396,10 +397,10 @@ class AuditService:
         """Whether the error feedback of every part is what the reducer's last committed statement left."""
         for member, signed in sorted(record.statements.items()):
             if member != self._network.peer_id:
-                found = self._ledger.contradiction(member, signed, self._run_digest, self._chain())
+                found = self._statements.contradiction(member, signed, self._run_digest, self._chain())
                 if found is not None:
                     await self.accuse(found)
-        self._ledger.keep(record.group, record.statements)
+        self._statements.keep(record.group, record.statements)
 
     async def _audit_part(self, record: RoundRecord, statement: Statement, member: str, part: int) -> None:
         try:
@@ -473,6 +474,8 @@ class AuditService:
         if not 0 <= part < record.outgoing.grid.num_parts:
             raise RecordError("there is no such part")
         data = self._own(record, part, what)
+        bounds = record.outgoing.grid.bounds(part)
+        describe(About(kind=f"audit {what}", round=record.round, values=bounds))
         self.traffic.num_bytes_sent += len(data)
         for start in range(0, len(data), STREAM_PART_BYTES):
             yield data[start : start + STREAM_PART_BYTES]

@@ -18,7 +18,7 @@ from coordinator.chain import Chain
 from coordinator.records import Commit, RecordError, open_signed
 from peer.manifest import HASH_BYTES, MAX_SIGNED_BYTES, Statement, split_hashes
 
-MAX_LEDGER_BYTES = 32 * 1024 * 1024  # of signed statements; 4 peers with 22.7M values make 70 KB a round
+MAX_LOG_BYTES = 32 * 1024 * 1024  # of signed statements; 4 peers with 22.7M values make 70 KB a round
 MAX_EARLIER = 4  # rounds that are looked back: a reducer keeps its parts while the group stays the same
 NO_FEEDBACK = bytes(HASH_BYTES)
 
@@ -99,10 +99,10 @@ def _by_part(statement: Statement, hashes: str) -> Iterator[tuple[int, bytes]]:
     return zip(range(statement.first_part, statement.first_part + num_parts), split, strict=True)
 
 
-class Ledger:
+class StatementLog:
     """The statements of committed rounds that this member took part in; the oldest are forgotten first."""
 
-    def __init__(self, max_bytes: int = MAX_LEDGER_BYTES) -> None:
+    def __init__(self, max_bytes: int = MAX_LOG_BYTES) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._signed: dict[str, Mapping[str, bytes]] = {}  # by group, then by reducer; in order of time
 

@@ -20,6 +20,7 @@ import torch
 
 from coordinator.errors import ModelError, NetworkError, SpecError
 from coordinator.network import Network, PeerUnreachable
+from coordinator.outgoing import About
 from coordinator.records import RecordError, parse_json
 from coordinator.spec import MAX_SPEC_BYTES, RunSpec, parse_spec, validate_spec
 from coordinator.transfer import Piece, fetch_blob, serve_blobs
@@ -111,20 +112,48 @@ def serve_run(
     def read_file(name: str) -> memoryview:
         return memoryview((base_dir / name).read_bytes())
 
+    served: dict[str, StateManifest] = {}  # the state that was asked for last, by its hash
+
     def open_blob(key: str) -> memoryview | None:
         kind, _, name = key.partition("/")
         if kind == "state":
             state = find_state(name)
-            return None if state is None else flat_bytes(state.flat)
+            if state is None:
+                return None
+            if name not in served:
+                served.clear()
+                served[name] = state.manifest
+            return flat_bytes(state.flat)
         if kind == "evidence":
             return find_evidence(name)
         if kind == "file" and name in spec.files:
             return read_file(name)
         return None
 
+    def about(key: str, start: int, stop: int) -> About:
+        kind, _, name = key.partition("/")
+        if kind == "state" and name in served:
+            return about_chunk(served[name], start, stop)
+        file = spec.files.get(name) if kind == "file" else None
+        is_whole = file is not None and (start, stop) == (0, file.size_bytes)
+        known = bytes.fromhex(file.sha256) if file is not None and is_whole else b""
+        return About(kind="model file" if kind == "file" else kind, of=name, sha256=known)
+
     network.on_call("spec", on_spec)
     network.on_call("manifest", on_manifest)
-    serve_blobs(network, spec.digest, open_blob)
+    serve_blobs(network, spec.digest, open_blob, about)
+
+
+def about_chunk(manifest: StateManifest, start: int, stop: int) -> About:
+    """Of bytes of a state; the hash of a whole chunk is known."""
+    index, offset = divmod(start, CHUNK_SIZE_BYTES)
+    is_chunk = offset == 0 and stop == min(start + CHUNK_SIZE_BYTES, manifest.layout.size_bytes)
+    return About(
+        kind="state chunk",
+        of=manifest.state_hash,
+        values=(start // 4, -(-stop // 4)),
+        sha256=bytes.fromhex(manifest.chunk_hashes[index]) if is_chunk else b"",
+    )
 
 
 def ask_spec(network: Network, peer_ids: Sequence[str], digest: str | None) -> RunSpec:

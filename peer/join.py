@@ -283,6 +283,7 @@ def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter,
     """What `peer.doctor` looks at and takes a second. Raises SwarmError; warnings are told and it goes on."""
     from coordinator.spec import load_spec
     from peer.checkup import judge_clock, raise_failure
+    from peer.ledger_file import LEDGER_NAME, Ledger
     from peer.probes import quick_checks
     from peer.stopping import StopRequested
     from peer.swarm_probes import glance
@@ -290,7 +291,8 @@ def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter,
     clocks: list[ClockSample] = []
     if spec is None and config.initial_peers:
         try:
-            spec, clocks = glance(config, stop.check)
+            with Ledger(config.output_dir / LEDGER_NAME) as ledger:
+                spec, clocks = glance(config, stop.check, ledger.sent)
         except StopRequested:
             return  # the session stops in order
     elif spec is None:

@@ -16,6 +16,7 @@ from coordinator.spec import RunSpec, load_spec
 from peer.config import Reachability
 from peer.display import Reporter
 from peer.genesis import State, load_first_state, make_run, serve_run
+from peer.ledger_file import LEDGER_NAME, Ledger
 from peer.model import resolve_model
 from peer.state import CheckpointStore, recover_directory, write_text
 from peer.stopping import StopRequested, StopSwitch
@@ -59,7 +60,8 @@ class EntryPoint:
                 announce_maddrs=self._maddrs[1],
                 reachability=self._reachability,
             )
-            with Network(config) as network:
+            with Ledger(self._dir / LEDGER_NAME) as ledger, Network(config, ledger.sent) as network:
+                ledger.know(spec.digest, state.manifest.layout)
                 agreement = Agreement(network, identity, Chain(spec), serves_only=True)
                 find = {state.state_hash: state}.get
                 serve_run(network, spec, self._dir / "base", find)

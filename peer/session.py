@@ -44,6 +44,7 @@ from peer.finetune import Budget
 from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
 from peer.layout import TensorLayout
 from peer.learner import Evaluation, Learner, Progress
+from peer.ledger_file import LEDGER_NAME, Ledger
 from peer.manifest import Outgoing, prepare
 from peer.memory import release_freed_memory
 from peer.model import export_model
@@ -145,7 +146,10 @@ class Session:
         checkpoint = self._store.load()
         if spec is None and (self._dir / "run.toml").exists() and checkpoint is not None:
             spec = load_spec(self._dir / "run.toml")
-        with Network(self._network_config()) as self._network:
+        with (
+            Ledger(self._dir / LEDGER_NAME) as self._ledger,
+            Network(self._network_config(), self._ledger.sent) as self._network,
+        ):
             try:
                 self._enter(spec, first_state, checkpoint)
                 reason = self._take_part()
@@ -201,6 +205,7 @@ class Session:
         self._in_network(self._agreement.start())
         self._is_connected = True
         self._state = self._enter_state(spec, first_state, checkpoint)
+        self._ledger.know(spec.digest, self._layout)
         self._make_learner(checkpoint)
         self._is_entered = True
         addresses = self._in_network(self._network.addresses())
@@ -320,6 +325,7 @@ class Session:
         """Finetune from the committed state and fuse; ends with a commit, or overtaken by one."""
         self._log = log = _RoundLog(self._round + 1)
         self._reporter.round_started(log.round)
+        self._ledger.round = log.round
         self._in_network(self._agreement.set_phase("finetuning", entered_at=Network.now()))
         base = self._evaluate_base(log)
         if self._kept_delta is not None:
@@ -579,6 +585,7 @@ class Session:
         with log.timed("save"):
             self._save_checkpoint_if_entered()
             self._export_model()
+            self._ledger.flush()
         self._unload()
         self._network.submit(self._audit_round(committed.group.members))
         try:

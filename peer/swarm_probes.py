@@ -21,6 +21,7 @@ from coordinator.errors import NetworkError, SpecError
 from coordinator.identity import load_identity
 from coordinator.membership import CLOCK_DIFFERENCE_SECONDS, TRAINING_PHASES
 from coordinator.network import Network, NetworkConfig, PeerUnreachable
+from coordinator.outgoing import Recorder, ignore
 from coordinator.records import PeerRecord, RecordError, open_signed, parse_json
 from coordinator.spec import RunSpec
 from coordinator.transfer import Piece, fetch_blob
@@ -46,8 +47,8 @@ _BEST_FIRST: tuple[Scope, ...] = ("relay", "public", "private", "loopback")
 class ProbeNetwork(Network):
     """Says of each entry point why it does not answer, and starts even when none does."""
 
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: NetworkConfig, record: Recorder = ignore) -> None:
+        super().__init__(config, record)
         self.answers: dict[str, str | None] = {}  # by address; None: it answers
 
     def __enter__(self) -> ProbeNetwork:
@@ -61,7 +62,7 @@ class ProbeNetwork(Network):
         return [address for address, why in self.answers.items() if why is None]
 
 
-def make_network(config: PeerConfig, folder: Path) -> ProbeNetwork:
+def make_network(config: PeerConfig, folder: Path, record: Recorder = ignore) -> ProbeNetwork:
     """As the peer would have it, but under an identity of its own. Entering it raises NetworkError."""
     return ProbeNetwork(
         NetworkConfig(
@@ -72,7 +73,8 @@ def make_network(config: PeerConfig, folder: Path) -> ProbeNetwork:
             listens=config.listens,
             reachability=config.reachability,
             startup_timeout_seconds=DAEMON_SECONDS,
-        )
+        ),
+        record,
     )
 
 
@@ -156,16 +158,16 @@ def find_spec(network: ProbeNetwork, config: PeerConfig) -> RunSpec:
 
 
 def glance(
-    config: PeerConfig, check: Callable[[], None] = lambda: None
+    config: PeerConfig, check: Callable[[], None] = lambda: None, record: Recorder = ignore
 ) -> tuple[RunSpec | None, list[ClockSample]]:
     """What `join` looks at before it starts: the run, and the clocks of the entry points.
 
     (None, []) where nobody answers: the session tries longer, and knows more addresses. `check` is called
-    while waiting and may raise.
+    while waiting and may raise; `record` is told what is sent.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with make_network(config, Path(folder)) as network:
+            with make_network(config, Path(folder), record) as network:
                 check()
                 spec = find_spec(network, config)
                 log = HeartbeatLog(network, spec)

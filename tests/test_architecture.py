@@ -20,7 +20,7 @@ PRODUCT = ("coordinator", "peer")
 
 COMMANDS = {
     *("coordinator.cli", "coordinator.start", "coordinator.monitor"),
-    *("peer.cli", "peer.join", "peer.doctor"),
+    *("peer.cli", "peer.join", "peer.doctor", "peer.ledger"),
 }
 MAY_IMPORT_HIVEMIND = {f"coordinator.{name}" for name in ("network", "board", "guard", "streams")}
 NETWORK_MODULES = {*MAY_IMPORT_HIVEMIND, "peer.allreduce", "peer.audit"}

@@ -26,7 +26,7 @@ from peer import allreduce, audit, reduction
 from peer.allreduce import Reduced, _Reducer
 from peer.audit import AuditService, Evidence, NotConclusive, RoundRecord, from_bytes, judge, to_bytes
 from peer.compression import CODECS
-from peer.contradiction import Contradiction, Ledger
+from peer.contradiction import Contradiction, StatementLog
 from peer.manifest import MAX_SIGNED_BYTES, Manifest, Outgoing, Statement, join_hashes, split_hashes
 from peer.parts import PartGrid
 from tests.exchanges import NUM_PEERS, RUN, SIZE, Swarm, deltas, on_member, running_swarm
@@ -102,7 +102,7 @@ class Audits:
             service._record = None
             service._convicted.clear()
             service._liars.clear()
-            service._ledger = Ledger()
+            service._statements = StatementLog()
             convicted.clear()
         del self.chain[1:]
 

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.chain import Chain
 from coordinator.records import RecordError, sign
-from peer.contradiction import Contradiction, Ledger, UnknownRoundError, judge_statements
+from peer.contradiction import Contradiction, StatementLog, UnknownRoundError, judge_statements
 from peer.manifest import SenderReport, Statement, join_hashes
 from tests.fakes import extend, hash_of, identity, make_commit, make_spec, peer, peers, signed_by
 
@@ -176,33 +176,33 @@ def test_a_round_that_my_chain_does_not_lead_to() -> None:
 # What a member keeps.
 
 
-def test_the_ledger_finds_the_lie_and_gives_its_proof() -> None:
-    chain, ledger = chain_of(ALL, ALL), Ledger()
+def test_the_log_finds_the_lie_and_gives_its_proof() -> None:
+    chain, log = chain_of(ALL, ALL), StatementLog()
     first = statement(chain, 1, [NONE, NONE], [X, Y])
-    ledger.keep(group_of(1), {peer("a"): first})
+    log.keep(group_of(1), {peer("a"): first})
     honest, lie = statement(chain, 2, [X, Y], [Y, Z]), statement(chain, 2, [X, Z], [Y, Z])
-    assert ledger.contradiction(peer("a"), honest, RUN, chain) is None
-    found = ledger.contradiction(peer("a"), lie, RUN, chain)
+    assert log.contradiction(peer("a"), honest, RUN, chain) is None
+    found = log.contradiction(peer("a"), lie, RUN, chain)
     assert found == Contradiction(peer("a"), (first, lie))
     assert judge_statements(found, RUN, chain) == (lie_about(5), 2)
 
 
 def test_who_missed_a_round_convicts_nobody() -> None:
-    """Its ledger holds round 1; what round 2 left it never saw."""
-    chain, ledger = chain_of(ALL, ALL, ALL), Ledger()
-    ledger.keep(group_of(1), {peer("a"): statement(chain, 1, [NONE, NONE], [X, Y])})
-    assert ledger.contradiction(peer("a"), statement(chain, 3, [Z, Z], [X, X]), RUN, chain) is None
-    assert Ledger().contradiction(peer("a"), statement(chain, 3, [Z, Z], [X, X]), RUN, chain) is None
+    """Its log holds round 1; what round 2 left it never saw."""
+    chain, log = chain_of(ALL, ALL, ALL), StatementLog()
+    log.keep(group_of(1), {peer("a"): statement(chain, 1, [NONE, NONE], [X, Y])})
+    assert log.contradiction(peer("a"), statement(chain, 3, [Z, Z], [X, X]), RUN, chain) is None
+    assert StatementLog().contradiction(peer("a"), statement(chain, 3, [Z, Z], [X, X]), RUN, chain) is None
 
 
-def test_the_ledger_forgets_the_oldest_round() -> None:
+def test_the_log_forgets_the_oldest_round() -> None:
     chain = chain_of(ALL, ALL)
     first, second = statement(chain, 1, [NONE], [X]), statement(chain, 2, [X], [Y])
     lie = statement(chain, 3, [Z], [X])
-    ledger = Ledger(max_bytes=len(first) + len(second) - 1)
-    ledger.keep(group_of(1), {peer("a"): first})
+    log = StatementLog(max_bytes=len(first) + len(second) - 1)
+    log.keep(group_of(1), {peer("a"): first})
     wrong_second = statement(chain, 2, [Z], [Y])
-    assert ledger.contradiction(peer("a"), wrong_second, RUN, chain) is not None
-    ledger.keep(group_of(2), {peer("a"): second})
-    assert ledger.contradiction(peer("a"), wrong_second, RUN, chain) is None
-    assert ledger.contradiction(peer("a"), lie, RUN, chain) is not None
+    assert log.contradiction(peer("a"), wrong_second, RUN, chain) is not None
+    log.keep(group_of(2), {peer("a"): second})
+    assert log.contradiction(peer("a"), wrong_second, RUN, chain) is None
+    assert log.contradiction(peer("a"), lie, RUN, chain) is not None
