@@ -174,6 +174,8 @@ class Agreement:
         self._holds = holds or self._has_computed
         self._wants_rollback = wants_rollback or (lambda _: False)
         self._voter = Voter(identity, chain, initial_promise, holds=lambda state: self._holds(state))
+        # Before a restart it may have begun: signing anew what it says would contradict what I signed then.
+        self._accepted_before = "" if initial_promise is None else initial_promise.proposal
         self._phase: Phase = "serving" if serves_only else "joining"
         self._num_examples, self._entered_at = 0, 0.0
         self._bell = Bell()
@@ -642,7 +644,7 @@ class Agreement:
         is_ready = self._phase == "ready" or proposal.purpose == "rollback"
         if peer_id != author or not is_ready or self._voter.promise.proposal != proposal.hash:
             raise RecordError("only who proposed it can begin it, while I am ready")
-        if self._last_begun == proposal.hash:
+        if proposal.hash in (self._last_begun, self._accepted_before):
             return b"{}"
         ballot = check_begin(body, author, proposal, self.chain, self._identity.peer_id)
         self._last_begun = proposal.hash

@@ -134,7 +134,8 @@ class _PeerRpc(ServicerBase):
                 answer.add(part)
                 yield BytesValue(value=part)
         except Exception as error:  # hivemind tells it to the caller
-            report(self._record, "refusal", method, peer_id, str(error).encode())
+            known = method if method in self._streams else ""  # else its name is the caller's invention
+            report(self._record, "refusal", known, peer_id, str(error).encode())
             raise
         finally:
             if answer is not None:

@@ -20,7 +20,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 DHT = "DHT"  # in the place of a peer: which nodes hold a record is hivemind's choice
 
@@ -99,10 +99,8 @@ class Answer:
         if self._is_ended or self._num_bytes == 0:
             return
         self._is_ended = True
-        about = self.about
-        self._record(
-            Sent(about.kind or "reply", self._name, self._peer_id, self._num_bytes, self._digest(), about)
-        )
+        digest, about = self._digest(), replace(self.about, data=None)  # what was sent is not held any longer
+        self._record(Sent(about.kind or "reply", self._name, self._peer_id, self._num_bytes, digest, about))
 
     def _digest(self) -> bytes:
         about = self.about

@@ -68,6 +68,7 @@ from peer.reduction import (
     encode_result,
     figures_problem,
     gram_matrix,
+    is_usable,
     plan_of,
     reduce_values,
     residual_hashes,
@@ -91,7 +92,6 @@ RECONNECT_SECONDS = 2.0  # a reducer waits so long for a sender whose stream bro
 SERVED_POLL_SECONDS = 0.1
 WINDOW_PARTS = 8  # that a sender may be ahead of the slowest
 NORM_CAP = 3.0  # a result longer than that times its ingredients is a lie
-FEEDBACK_CAP = 2.2  # error feedback that makes a result longer is dropped; rounding may add a third, of int4
 
 _WELCOME, _REFUSED, _MANIFEST, _PART, _FIGURES, _RESULT, _STATEMENT, _ALIVE, _DONE = range(1, 10)
 FRAME_NAMES = {
@@ -204,7 +204,15 @@ class AllReduceService:
         last = self._last
         if last is not None:
             others = [member for member in members if member != self.identity.peer_id]
-            await asyncio.gather(*(self._compare_statements(last, member) for member in others))
+            await asyncio.gather(*(self._compare_in_time(last, member) for member in others))
+
+    async def _compare_in_time(self, last: _Told, member: str) -> None:
+        """All questions to one member together: one who answers slowly must not hold up the round."""
+        try:
+            async with asyncio.timeout(STALL_FLOOR_SECONDS):
+                await self._compare_statements(last, member)
+        except TimeoutError:
+            logger.info("statements of %s not compared in time", member[-8:])
 
     async def _compare_statements(self, last: _Told, member: str) -> None:
         body = {"run": self.run_digest, "group": last.group.group_id.hex()}
@@ -863,9 +871,8 @@ class _Reducer:
         residual = self._residuals.get(part)
         if residual is None:
             return None
-        bound = math.fsum(manifest.squared_norms[part] for manifest in self.manifests())
-        with_it = torch.from_numpy(np.add(result.numpy(), residual.numpy()))
-        if squared_norm(with_it) <= FEEDBACK_CAP**2 * bound:
+        squared_norms = [manifest.squared_norms[part] for manifest in self.manifests()]
+        if is_usable(residual, result, squared_norms):
             return residual
         del self._residuals[part]
         return None

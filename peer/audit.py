@@ -21,19 +21,26 @@ import random
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, AsyncIterator, Literal  # noqa: UP035 (hivemind reads this hint by its name in typing)
+from typing import Annotated, Any, AsyncIterator, Literal  # noqa: UP035 (hivemind reads this hint by its name in typing)
 
 import torch
+from pydantic import Field
 
 from coordinator.chain import Chain
 from coordinator.errors import NetworkError, RoundError
 from coordinator.network import STREAM_PART_BYTES, Network, PeerUnreachable
 from coordinator.outgoing import About, describe
-from coordinator.records import HashText, Record, RecordError, open_signed, parse_json, parse_record
+from coordinator.records import Count, HashText, Record, RecordError, open_signed, parse_json, parse_record
 from coordinator.transfer import Piece, fetch_blob
 from peer.aggregate import needs_gram
 from peer.compression import CODECS
-from peer.contradiction import Contradiction, StatementLog, UnknownRoundError, judge_statements
+from peer.contradiction import (
+    MAX_STATEMENTS,
+    Contradiction,
+    StatementLog,
+    UnknownRoundError,
+    judge_statements,
+)
 from peer.manifest import (
     MAX_SIGNED_BYTES,
     Manifest,
@@ -49,6 +56,7 @@ from peer.reduction import BadPartError, checked_part, encode_result, plan_of, r
 logger = logging.getLogger(__name__)
 
 MAX_EVIDENCE_BYTES = 64 * 1024 * 1024
+MAX_MEMBERS = 1024  # of a group; to open a signed record takes half a millisecond
 CALL_TIMEOUT_SECONDS = 10.0
 NUM_ATTEMPTS = 2  # to get one part from one peer
 WINDOW_SECONDS = 6.0  # after a commit: members commit within a second of each other, an audit takes less
@@ -243,16 +251,19 @@ class _Header(Record):
     num_values: int
     part: int
     reducer: str
-    statements: list[int]
-    manifests: list[int]
-    parts: list[int]
+    statements: Annotated[list[int], Field(max_length=MAX_MEMBERS)]
+    manifests: Annotated[list[int], Field(max_length=MAX_MEMBERS)]
+    parts: Annotated[list[int], Field(max_length=MAX_MEMBERS)]
     residual: int
+
+
+_Length = Annotated[int, Field(ge=0, le=MAX_SIGNED_BYTES)]  # of a signed statement
 
 
 class _StatementsHeader(Record):
     kind: Literal["statements"]
     reducer: str
-    statements: list[int]
+    statements: Annotated[list[_Length], Field(max_length=MAX_STATEMENTS)]
 
 
 def from_bytes(data: bytes | bytearray) -> Evidence | Contradiction:
@@ -299,9 +310,11 @@ class _Accusation(Record):
     run: HashText
     evidence: HashText  # sha256
     size_bytes: int
+    reducer: Annotated[str, Field(max_length=64)]  # who is accused; so that nobody fetches what convinced it
+    round: Count
 
 
-Convict = Callable[[str, str, int], None]  # reducer, why, round: once for each, in the network's thread
+Convict = Callable[[str, str, int], None]  # reducer, why, round: once for each pair, in the network's thread
 
 
 @dataclass
@@ -337,7 +350,7 @@ class AuditService:
         self._statements = StatementLog()
         self._record: RoundRecord | None = None
         self._published = _Published()
-        self._convicted: set[str] = set()
+        self._convicted: set[tuple[str, int]] = set()  # reducers, and the rounds in which they lied
         self._liars: set[str] = set()  # published false evidence
         self._checking: set[str] = set()  # accusers whose evidence is being fetched
         self.traffic = AuditTraffic()
@@ -347,10 +360,9 @@ class AuditService:
         self._network.on_call("accuse", self._on_accuse)
 
     def keep(self, record: RoundRecord) -> None:
-        """Of the round that was just committed; answers auditors for a while, from any thread."""
+        """Of the round that was just committed; answers auditors until a while after the own `audit`."""
         self._record = record
         self.traffic = AuditTraffic()
-        self._network.submit(self._forget_later(record))
 
     async def _forget_later(self, record: RoundRecord) -> None:
         await asyncio.sleep(WINDOW_SECONDS)
@@ -367,16 +379,20 @@ class AuditService:
 
     async def accuse(self, contradiction: Contradiction) -> None:
         """Publish two or more statements that do not go together; nothing happens where they do."""
-        why, round_ = judge_statements(contradiction, self._run_digest, self._chain())
+        try:
+            why, round_ = judge_statements(contradiction, self._run_digest, self._chain())
+        except (UnknownRoundError, RecordError) as error:
+            logger.info("statements of %s not judged: %s", contradiction.reducer[-8:], error)
+            return
         if why:
-            self._found_guilty(contradiction.reducer, why, round_)
-            await self._publish(contradiction)
+            self._found_guilty(contradiction, why, round_)
 
     async def audit(self, num_parts: int, rng: random.Random) -> None:
         """Compute `num_parts` parts of others again; whoever lied is published and convicted."""
         record = self._record
         if record is None:
             return
+        self._network.create_task(self._forget_later(record))
         await self._audit_statements(record)
         own = self._network.peer_id
         statements = {
@@ -412,8 +428,7 @@ class AuditService:
             return
         self.traffic.num_parts += 1
         if why:
-            await self._publish(evidence)
-            self._found_guilty(member, why, record.round)
+            self._found_guilty(evidence, why, record.round)
 
     async def _collect(self, record: RoundRecord, statement: Statement, member: str, part: int) -> Evidence:
         index = part - statement.first_part
@@ -482,21 +497,34 @@ class AuditService:
 
     # accusations
 
-    async def _publish(self, evidence: Evidence | Contradiction) -> None:
+    def _publish(self, evidence: Evidence | Contradiction, round_: int) -> None:
+        """By whoever was convinced, so that nobody can show it to some members only."""
         data = to_bytes(evidence)
         digest = hashlib.sha256(data).hexdigest()
         self._published.data[digest] = data
-        body = {"run": self._run_digest, "evidence": digest, "size_bytes": len(data)}
+        accusation = _Accusation(
+            run=self._run_digest,
+            evidence=digest,
+            size_bytes=len(data),
+            reducer=evidence.reducer,
+            round=round_,
+        )
         for peer_id in self._live_peers():
-            try:
-                await self._network.call(peer_id, "accuse", body, timeout_seconds=CALL_TIMEOUT_SECONDS)
-            except PeerUnreachable as error:
-                logger.info("evidence not announced: %s", error)
+            self._network.create_task(self._announce(peer_id, accusation))
+
+    async def _announce(self, peer_id: str, accusation: _Accusation) -> None:
+        body = accusation.model_dump(mode="json")
+        try:
+            await self._network.call(peer_id, "accuse", body, timeout_seconds=CALL_TIMEOUT_SECONDS)
+        except PeerUnreachable as error:
+            logger.info("evidence not announced: %s", error)
 
     async def _on_accuse(self, peer_id: str, body: Any) -> bytes:
         accusation = parse_record(body, _Accusation)
         if accusation.run != self._run_digest or not 0 < accusation.size_bytes <= MAX_EVIDENCE_BYTES:
             raise RecordError("of another run, or too large")
+        if (accusation.reducer, accusation.round) in self._convicted:
+            return b"{}"
         if peer_id in self._liars or peer_id in self._checking:
             raise RecordError("not listening to you now")
         self._checking.add(peer_id)
@@ -511,15 +539,15 @@ class AuditService:
             )
             evidence = from_bytes(data)
             if isinstance(evidence, Contradiction):
-                self._check_statements(evidence)
+                await self._check_statements(evidence)
                 return
             if (evidence.aggregation, evidence.screening) != self._rules:
                 raise NotConclusive("the evidence is of another rule")
-            why = judge(evidence, self._run_digest)
+            why = await asyncio.to_thread(judge, evidence, self._run_digest)  # others' votes must not wait
             if not why:
                 raise NotConclusive("the reducer did what it says")
             manifest = open_signed(evidence.manifests[0], Manifest, max_bytes=MAX_SIGNED_BYTES)[1]
-            self._found_guilty(evidence.reducer, why, manifest.round)
+            self._found_guilty(evidence, why, manifest.round)
         except (NotConclusive, RecordError) as error:
             self._liars.add(accuser)
             logger.warning("%s published false evidence: %s; not listening to it again", accuser[-8:], error)
@@ -530,14 +558,18 @@ class AuditService:
         finally:
             self._checking.discard(accuser)
 
-    def _check_statements(self, contradiction: Contradiction) -> None:
-        why, round_ = judge_statements(contradiction, self._run_digest, self._chain())
+    async def _check_statements(self, contradiction: Contradiction) -> None:
+        why, round_ = await asyncio.to_thread(
+            judge_statements, contradiction, self._run_digest, self._chain()
+        )
         if not why:
             raise NotConclusive("the statements go together")
-        self._found_guilty(contradiction.reducer, why, round_)
+        self._found_guilty(contradiction, why, round_)
 
-    def _found_guilty(self, reducer: str, why: str, round_: int) -> None:
-        if reducer not in self._convicted:
-            self._convicted.add(reducer)
+    def _found_guilty(self, evidence: Evidence | Contradiction, why: str, round_: int) -> None:
+        reducer = evidence.reducer
+        if (reducer, round_) not in self._convicted:
+            self._convicted.add((reducer, round_))
             logger.warning("reducer %s lied: %s", reducer[-8:], why)
+            self._publish(evidence, round_)
             self._convict(reducer, why, round_)

@@ -20,6 +20,7 @@ from peer.manifest import HASH_BYTES, MAX_SIGNED_BYTES, Statement, split_hashes
 
 MAX_LOG_BYTES = 32 * 1024 * 1024  # of signed statements; 4 peers with 22.7M values make 70 KB a round
 MAX_EARLIER = 4  # rounds that are looked back: a reducer keeps its parts while the group stays the same
+MAX_STATEMENTS = MAX_EARLIER + 1  # in one piece of evidence
 NO_FEEDBACK = bytes(HASH_BYTES)
 
 
@@ -48,6 +49,9 @@ def judge_statements(contradiction: Contradiction, run_digest: str, chain: Chain
         raise RecordError("a statement of another run")
     *earlier, last = statements
     if any(s.group == last.group and s.digest != last.digest for s in earlier):
+        if any((s.round, s.previous) != (last.round, last.previous) for s in earlier):
+            raise RecordError("the statements are not of one round")
+        _commits_up_to(last, chain)  # of a round that is known: else each peer might undo another one
         return "it told two members different results", last.round
     by_group = {statement.group: statement for statement in earlier}
     return _invented_feedback(contradiction.reducer, last, by_group, chain), last.round

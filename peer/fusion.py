@@ -19,7 +19,7 @@ from peer.aggregate import Plan, needs_gram
 from peer.compression import Codec
 from peer.manifest import Outgoing
 from peer.parts import PartGrid
-from peer.reduction import decoded, encode_result, gram_matrix, plan_of, reduce_values
+from peer.reduction import decoded, encode_result, gram_matrix, is_usable, plan_of, reduce_values
 
 _NO_RESIDUALS: Mapping[int, torch.Tensor] = {}
 
@@ -76,7 +76,11 @@ def fuse(
             [plan.weights[index] for index in counting],
             grid.size(part),
         )
-        data, residual = encode_result(codec, values, residuals.get(part))
+        feedback = residuals.get(part)
+        squared_norms = [member.outgoing.manifest.squared_norms[part] for member in members]
+        if feedback is not None and not is_usable(feedback, values, squared_norms):
+            feedback = None
+        data, residual = encode_result(codec, values, feedback)
         results.append(data)
         if residual is not None:
             new_residuals[part] = residual

@@ -20,6 +20,7 @@ from peer.compression import Codec, residual_into
 from peer.manifest import Manifest, join_hashes, norms_agree, part_hash, squared_norm
 from peer.parts import PartGrid
 
+FEEDBACK_CAP = 2.2  # error feedback that makes a result longer is dropped; rounding may add a third, of int4
 _CHUNK_VALUES = 16 * 1024  # of a Gram matrix: 128 KB per contribution
 _ROUNDING = 1e-6  # relative, of sums of products: what a norm or a product may be beyond its bound
 
@@ -148,6 +149,16 @@ def reduce_values(
     if not values:
         return torch.zeros(size, dtype=torch.float32)
     return combine(aggregation, values, weights)
+
+
+def is_usable(residual: torch.Tensor, result: torch.Tensor, squared_norms: Sequence[float]) -> bool:
+    """Whether a reducer's feedback (size,) may be added to a part's result (size,).
+
+    squared_norms: of that part in the contributions. Feedback would make a liar of the reducer, by the cap on
+    the norms of results, when deltas have become far shorter than those that left it; then it is dropped.
+    """
+    with_it = torch.from_numpy(np.add(result.numpy(), residual.numpy()))
+    return squared_norm(with_it) <= FEEDBACK_CAP**2 * math.fsum(squared_norms)
 
 
 def encode_result(

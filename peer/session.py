@@ -125,7 +125,7 @@ class Session:
         self._dir = config.output_dir
         self._pending: dict[str, _Pending] = {}  # states that may be committed yet, by hash
         self._promise_lock, self._num_promises, self._last_promise = threading.Lock(), 0, 0
-        self._lies: dict[str, int] = {}  # who was convicted, and of which round
+        self._lies: set[tuple[str, int]] = set()  # who was convicted, and of which round
         self._outgoing: Outgoing | None = None  # of this round, until its audit is over
         self._feedback = ErrorFeedback()  # what compression cut off
         self._kept_delta: torch.Tensor | None = None  # of a round that was committed without it
@@ -345,7 +345,9 @@ class Session:
                 part += 1
                 self._stop.wait(0.5)
                 continue
-            if isinstance(outcome, Committed):
+            if isinstance(outcome, Committed) and outcome.kind == "rollback":
+                self._catch_up()  # what I finetuned started from the state that is undone
+            elif isinstance(outcome, Committed):
                 self._commit(outcome, delta, base, log)
             elif not self._is_rejected:
                 self._keep_delta(delta)
@@ -417,7 +419,7 @@ class Session:
                 outcome = self._wait_for(future)
         finally:
             future.cancel()
-        if isinstance(outcome, Committed):
+        if isinstance(outcome, Committed) and outcome.kind == "fuse":
             log.add("find_group", clock.reduce_started - clock.started)
             log.add("allreduce", clock.reduce_ended - clock.reduce_started)
             log.add("commit", clock.ended - clock.reduce_ended)
@@ -545,7 +547,7 @@ class Session:
         )
         self._agreement.ban(reducer, why)
         append_json_line(self._dir / "excluded.jsonl", {"peer": reducer, "round": round_, "why": why})
-        self._lies[reducer] = round_
+        self._lies = self._lies | {(reducer, round_)}  # the other thread looks through the old one
 
     @property
     def _is_rejected(self) -> bool:
@@ -558,7 +560,7 @@ class Session:
         if not can_be_undone or not chain.commits or chain.is_rolled_back:
             return False
         cohort = chain.commits[-1].commit.cohort
-        return any(chain.round == round_ and liar in cohort for liar, round_ in list(self._lies.items()))
+        return any(chain.round == round_ and liar in cohort for liar, round_ in self._lies)
 
     def _roll_back(self) -> None:
         """Propose it, or follow whoever does so before me."""
@@ -597,12 +599,17 @@ class Session:
             self._rounds_left -= 1
 
     async def _audit_round(self, members: Sequence[str]) -> None:
-        """In the network's thread: what others were told, and some parts computed again."""
+        """In the network's thread: what others were told, and some parts computed again; neither waits."""
+        await asyncio.gather(
+            self._compare_statements(members),
+            self._audit.audit(self.spec.audit_parts, random.SystemRandom()),
+        )
+
+    async def _compare_statements(self, members: Sequence[str]) -> None:
         try:
             await self._allreduce.compare_statements(members)
         except ToldTwoThings as error:
             await self._audit.accuse(Contradiction(error.culprit, error.statements))
-        await self._audit.audit(self.spec.audit_parts, random.SystemRandom())
 
     def _keep_delta(self, delta: torch.Tensor) -> None:
         """What no commit holds: the next finetuning starts with it, cut to the norm that others had."""
@@ -730,8 +737,9 @@ class Session:
         )
         addresses = [address for m in self._agreement.live() for address in m.record.addresses]
         if addresses:
-            text = json.dumps(list(dict.fromkeys(addresses))[:MAX_KNOWN_ADDRESSES])
-            write_text(self._dir / "known_peers.json", text)
+            file = self._dir / "known_peers.json"  # who is silent now may be back when I am
+            known = dict.fromkeys((*addresses, *_load_addresses(file)))
+            write_text(file, json.dumps(list(known)[:MAX_KNOWN_ADDRESSES]))
 
     def _unload(self) -> None:
         """Read what the checkpoint holds from there when it is needed: finetuning needs the memory."""

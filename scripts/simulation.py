@@ -107,6 +107,7 @@ class _Peer:
     identity: Identity
     learner: Learner
     feedback: ErrorFeedback = field(default_factory=ErrorFeedback)
+    residual_before: torch.Tensor | None = None  # what its last contribution had to make up for
 
 
 class SimulatedSwarm:
@@ -256,6 +257,7 @@ class SimulatedSwarm:
         delta = _harmed(delta, contributor.harm, int(draw * 2**53))
         if result.num_examples == 0 or not bool(torch.isfinite(delta).all()):
             return Work(contributor.name, base, result, float("nan"), 0.0), None
+        peer.residual_before = peer.feedback.sent
         total = peer.feedback.add_to(delta)
         outgoing = prepare(
             total,
@@ -284,7 +286,7 @@ class SimulatedSwarm:
         examples = {peer_id: works[peer_id].result.num_examples for peer_id in ready}
         action = self._decide(ready[0], ready, "ready", examples)
         if not isinstance(action, Fuse):
-            self._give_back(ready, outgoing, sums)
+            self._give_back(ready)
             return 0.0, {}
         first = outgoing[ready[0]]
         owned = first.grid.owned(list(action.members))
@@ -299,16 +301,25 @@ class SimulatedSwarm:
         )
         delta = fusion.delta(first.grid, first.codec)
         norm = float(torch.linalg.vector_norm(delta))
+        missing = {  # what a rule leaves out is in no part of the result
+            p: ((0, first.grid.num_parts),) if weight == 0 else ()
+            for p, weight in zip(action.members, fusion.plan.weights, strict=True)
+        }
         self._commit(action, delta, [
             Contribution(
-                peer=p, num_examples=examples[p], weight=weights[p], norm=outgoing[p].manifest.norm, factor=f
+                peer=p,
+                num_examples=examples[p],
+                weight=weights[p],
+                norm=outgoing[p].manifest.norm,
+                factor=f,
+                missing=missing[p],
             )
             for p, f in zip(action.members, fusion.plan.factors, strict=True)
         ])  # fmt: skip
         for peer_id in action.members:
             mine = {part: fusion.residuals[part] for part in owned[peer_id] if part in fusion.residuals}
             feedback = self._peers[peer_id].feedback
-            feedback.committed(sums[peer_id], outgoing[peer_id], (), mine)
+            feedback.committed(sums[peer_id], outgoing[peer_id], missing[peer_id], mine)
             if feedback.sent is not None:
                 feedback.sent = cut_to_usual_norm(feedback.sent, self.chain)
         for peer_id, peer in self._peers.items():
@@ -319,13 +330,10 @@ class SimulatedSwarm:
     def _has_residual(self, owner: str, part: int) -> bool:
         return part in self._peers[owner].feedback.reduced
 
-    def _give_back(
-        self, ready: Sequence[str], outgoing: Mapping[str, Outgoing], sums: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _give_back(self, ready: Sequence[str]) -> None:
         """A round without a commit: what was cut off before stays cut off, the finetuning is lost."""
         for peer_id in ready:
-            if outgoing[peer_id].codec.is_lossy:
-                self._peers[peer_id].feedback.sent = sums[peer_id]
+            self._peers[peer_id].feedback.sent = self._peers[peer_id].residual_before
 
     def _commit(self, fuse_: Fuse, delta: torch.Tensor, contributions: Sequence[Contribution]) -> None:
         spec = self.spec

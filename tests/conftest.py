@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported: they read these once. Processes of tests inherit them.
@@ -15,6 +17,19 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 
 from coordinator.errors import ModelError
+from peer.display import _SafeFormatter
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process sets up the log for a process of its own."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if isinstance(handler.formatter, _SafeFormatter):
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -198,6 +198,8 @@ def test_who_has_forgotten_audits_nothing_and_answers_nothing(
     _, outgoing, results = reduced(audits, "fp32", ("mean", "none"))
     monkeypatch.setattr(audit, "WINDOW_SECONDS", 0.0)
     records = audits.keep(results, outgoing, ("mean", "none"))
+    for index in range(NUM_PEERS):
+        audits.audit(index, 0)  # the window of each begins with its own audit
     ends_at = time.monotonic() + CALL_SECONDS
     while any(service._record is not None for service in audits.services):
         assert time.monotonic() < ends_at
@@ -278,9 +280,28 @@ def test_statements_that_go_together_are_no_accusation(audits: Audits) -> None:
     signed = resigned(statement, audits.swarm.identities[VICTIM], previous=audits.chain[-1].tip)
     accuse(audits, 3, to_bytes(Contradiction(liar, (signed, signed))))
     assert [bool(service._liars) for service in audits.services] == [True, True, True, False]
-    other = resigned(statement, audits.swarm.identities[VICTIM], results=join_hashes(bytes(32 * 3)))
-    accuse(audits, 2, to_bytes(Contradiction(liar, (statement, other))))
+    other = resigned(signed, audits.swarm.identities[VICTIM], results=join_hashes(bytes(32 * 3)))
+    accuse(audits, 2, to_bytes(Contradiction(liar, (signed, other))))
     assert audits.convicted[0] == [(liar, "it told two members different results", 1)]
+
+
+def test_who_is_convinced_tells_the_others(audits: Audits) -> None:
+    """Else one could convince half of them, who would want a roll-back to which the rest never agrees."""
+    _, _, results = reduced(audits, "fp32", ("mean", "none"))
+    liar, key = audits.swarm.peer_ids[VICTIM], audits.swarm.identities[VICTIM]
+    signed = resigned(results[0].statements[liar], key, previous=audits.chain[-1].tip)
+    other = resigned(signed, key, results=join_hashes(bytes(32 * 3)))
+    accuse(audits, 2, to_bytes(Contradiction(liar, (signed, other))), audits.swarm.peer_ids[:1])
+    verdict = [(liar, "it told two members different results", 1)]
+    ends_at = time.monotonic() + CALL_SECONDS
+    while any(found != verdict for found in audits.convicted[:3]):
+        assert time.monotonic() < ends_at, audits.convicted
+        time.sleep(0.05)
+
+
+def test_evidence_of_too_many_statements_is_not_opened() -> None:
+    with pytest.raises(RecordError, match="statements"):
+        from_bytes(to_bytes(Contradiction("a", (b"1",) * 6)))
 
 
 def resigned(signed: bytes, author: Identity, **changes: Any) -> bytes:
@@ -345,15 +366,17 @@ def test_evidence_convinces_one_who_kept_nothing(audits: Audits, monkeypatch: py
     assert judge(audits.collect(0, records[0], liar, honest_part), RUN) == ""
 
 
-def accuse(audits: Audits, accuser: int, evidence: bytes) -> list[BaseException | None]:
-    """Publish as evidence whatever it is; what each of the others answered."""
+def accuse(
+    audits: Audits, accuser: int, evidence: bytes, peer_ids: Sequence[str] | None = None
+) -> list[BaseException | None]:
+    """Publish as evidence whatever it is; what each of the others, or of `peer_ids`, answered."""
     service, network = audits.services[accuser], audits.swarm.networks[accuser]
     digest = hashlib.sha256(evidence).hexdigest()
     service._published.data[digest] = evidence
-    body = {"run": RUN, "evidence": digest, "size_bytes": len(evidence)}
+    body = {"run": RUN, "evidence": digest, "size_bytes": len(evidence), "reducer": "unknown", "round": 0}
     answers = [
         network.submit(network.call(peer, "accuse", body, timeout_seconds=CALL_SECONDS))
-        for peer in audits.swarm.peer_ids
+        for peer in peer_ids or audits.swarm.peer_ids
         if peer != network.peer_id
     ]
     errors = [answer.exception(CALL_SECONDS) for answer in answers]

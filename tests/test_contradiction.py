@@ -137,6 +137,17 @@ def test_a_commit_that_names_no_group_proves_nothing() -> None:
     assert judged(chain, first, statement(chain, 2, [Z, Z], [Y, Z])) == ""
 
 
+def test_two_statements_of_one_group_but_not_of_one_round_of_my_chain() -> None:
+    """Each peer would take them for a lie of another round, and undo that or nothing."""
+    chain = chain_of(ALL, ALL)
+    one, moved = statement(chain, 1, [], [X, Y]), statement(chain, 1, [], [X, Y], round=2)
+    with pytest.raises(RecordError, match="not of one round"):
+        judged(chain, one, moved)
+    elsewhere = [statement(chain, 1, [], [X, hashes], previous=hash_of("no commit")) for hashes in (Y, Z)]
+    with pytest.raises(UnknownRoundError):
+        judged(chain, *elsewhere)
+
+
 def test_two_statements_of_one_group() -> None:
     chain = chain_of(ALL)
     one, other = statement(chain, 1, [], [X, Y]), statement(chain, 1, [], [X, Z])

@@ -411,7 +411,8 @@ def test_calls_replies_and_refusals_are_reported(
     assert second.run(call, timeout_seconds=CALL_SECONDS) == b"an answer"
     for attempt in (
         second.call(first.peer_id, "ask", "no", timeout_seconds=CALL_SECONDS),
-        _all(second, first),
+        _all(second, first, "ask"),
+        _all(second, first, "x" * 100_000),  # a name that the caller makes up is in no ledger
     ):
         assert second.submit(attempt).exception(CALL_SECONDS) is not None
     names = [(message.kind, message.name, message.peer_id) for message in served]
@@ -419,10 +420,11 @@ def test_calls_replies_and_refusals_are_reported(
         ("reply", "ask", second.peer_id),
         ("refusal", "_PeerRpc.rpc_call", second.peer_id),
         ("refusal", "ask", second.peer_id),
+        ("refusal", "", second.peer_id),
     ]
     payloads = [b"an answer", b"RecordError: not here", b"nothing streams here"]
-    assert [message.sha256 for message in served] == [sha256(payload) for payload in payloads]
-    assert [message.kind for message in asked] == ["call"] * 3
+    assert [message.sha256 for message in served[:3]] == [sha256(payload) for payload in payloads]
+    assert [message.kind for message in asked] == ["call"] * 4
     assert asked[0].sha256 == sha256(b'{"method":"ask","body":"yes"}')
 
 
@@ -432,8 +434,8 @@ async def _refuse() -> AsyncIterator[bytes]:
     yield b""
 
 
-async def _all(network: Network, other: Network) -> None:
-    async for _ in network.stream(other.peer_id, "ask", None, timeout_seconds=CALL_SECONDS):
+async def _all(network: Network, other: Network, method: str) -> None:
+    async for _ in network.stream(other.peer_id, method, None, timeout_seconds=CALL_SECONDS):
         pass
 
 

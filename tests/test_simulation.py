@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from coordinator.chain import Chain
 from coordinator.errors import StateError, UsageError
 from peer.compression import CODECS
 from peer.data import DataConfig, TaskData, load_task_data
@@ -140,6 +142,36 @@ def test_what_compression_cuts_off_is_kept_and_sent_later(
         else:
             assert sent is None
             assert not peer.feedback.reduced
+
+
+def test_what_a_rule_leaves_out_is_sent_again_and_without_a_quorum_nothing_is_added_to_it(
+    model_dir: Path, tmp_path: Path, tasks: dict[str, TaskData]
+) -> None:
+    swarm = make_swarm(
+        model_dir, tmp_path, tasks, compression="int8", screening="norm", changes={"bob": {"harm": "x100"}}
+    )
+    outcome = swarm.step()
+    assert outcome is not None
+    assert {work.name: work.factor > 0 for work in outcome.works} == {
+        "ann": True, "bob": False, "cat": True, "dan": True
+    }  # fmt: skip
+    sent = {p.contributor.name: p.feedback.sent for p in swarm._peers.values()}
+    norms = {work.name: work.norm for work in outcome.works}
+    contributions = swarm.chain.commits[0].commit.contributors
+    assert sorted(len(c.missing) for c in contributions) == [0, 0, 0, 1]
+    assert sent["bob"] is not None
+    assert sent["ann"] is not None
+    usual = float(np.median([norms[name] for name in NAMES]))
+    assert float(sent["bob"].norm()) == pytest.approx(usual, rel=1e-3)  # all of it, cut to the usual norm
+    assert float(sent["ann"].norm()) < 0.05 * norms["ann"]  # what int8 cut off
+    before = {peer_id: peer.feedback.sent for peer_id, peer in swarm._peers.items()}
+    swarm._is_here = lambda peer: peer.contributor.name in ("ann", "bob")  # type: ignore[method-assign]
+    swarm.spec = swarm.spec.model_copy(update={"min_peers": 3})
+    swarm.chain = Chain(swarm.spec, swarm.chain.commits)
+    alone = swarm.step()
+    assert alone is not None
+    assert not alone.committed
+    assert {peer_id: peer.feedback.sent for peer_id, peer in swarm._peers.items()} == before
 
 
 def test_without_a_quorum_nothing_is_committed(
