@@ -103,8 +103,8 @@ def decide(
 
     `others` are the live members, by heartbeat. `known_tips` are hashes of commits that need no
     looking at: my chain's own, and those of chains that were compared with it and lost. `absent` and
-    `counted` say who votes (see `electorate_of`). `left_out` take no part in the next attempt, though
-    they may vote in the round.
+    `counted` say who votes (see `electorate_of`). `left_out` take no part in the next attempt where the
+    others can commit without them, though they may vote in the round.
     """
     spec = chain.spec
     known = {*known_tips, chain.tip}
@@ -116,15 +116,17 @@ def decide(
     if not me.is_ready:
         return _finetune_or_wait(chain, me, others)
     in_training = [m for m in others if trains_on(m, chain)]
-    trainers = [m for m in in_training if m.peer_id not in left_out]
-    if len(trainers) + 1 < spec.min_peers:
+    if len(in_training) + 1 < spec.min_peers:
         return Alone()
+    electorate = electorate_of(chain, me.peer_id, others, absent=absent, counted=counted)
+    trainers = [m for m in in_training if m.peer_id not in left_out]
+    if _missing({me.peer_id, *(m.peer_id for m in trainers)}, electorate, spec) is not None:
+        trainers = in_training  # nothing can be committed without them: better to try again with them
     drawn = draw(chain, [*(m.peer_id for m in trainers), me.peer_id])
     if me.peer_id not in drawn:
         return NOT_DRAWN
     ready = {m.peer_id for m in trainers if m.record.phase == "ready"} | {me.peer_id}
     members = tuple(peer for peer in drawn if peer in ready)
-    electorate = electorate_of(chain, me.peer_id, others, absent=absent, counted=counted)
     if (missing := _missing(members, electorate, spec)) is not None:
         return Wait(missing)
     entered = [m.record.entered_at for m in trainers if m.peer_id in drawn] + [me.entered_at]

@@ -174,6 +174,20 @@ def test_who_is_left_out_of_an_attempt_still_votes() -> None:
     assert set(action.electorate) == {peer("me"), *peers("abc")}
 
 
+def test_nobody_is_left_out_whom_a_commit_needs() -> None:
+    """Else all would wait for ever: attempts are only counted up by trying."""
+    three = make_spec(min_peers=3)
+    everybody = {peer("me"), *peers("abc")}
+    for spec, out in ((three, "ab"), (make_spec(min_peers=2), "ab")):  # no quorum; two of four voters
+        chain = Chain(spec)
+        action = decide(chain, standing(), ready(chain, "abc"), NOW, left_out=peers(out))
+        assert isinstance(action, Fuse), spec
+        assert set(action.members) == everybody
+    action = decide(Chain(three), standing(), ready(Chain(three), "abc"), NOW, left_out=peers("b"))
+    assert isinstance(action, Fuse)
+    assert set(action.members) == {peer("me"), *peers("ac")}
+
+
 def test_leaders_that_were_silent_twice_lead_last_until_two_lead_at_once() -> None:
     leaders, fuse = Leaders(), Fuse(members=("x", "y", "z"), electorate=("x",))
     leaders.was_silent("x")
