@@ -14,10 +14,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import hypothesis
 import pytest
 
 from coordinator.errors import ModelError
 from peer.display import _SafeFormatter
+
+# No test asserts a time: on a busy machine one example may take any.
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
 
 
 @pytest.fixture(autouse=True)
