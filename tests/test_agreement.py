@@ -755,9 +755,8 @@ def test_a_roll_back_ends_a_running_fusion(tmp_path: Path) -> None:
 
 
 def test_a_proven_culprit_is_named_in_the_commit_and_cannot_come_back_within_the_round(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    short_waits(monkeypatch)
     with swarm(4, tmp_path) as members:
         for member in members:
             member.get_ready()
