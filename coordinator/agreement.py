@@ -96,7 +96,8 @@ POLL_SECONDS = 0.5  # looks at the board while ready
 WATCH_SECONDS = 2.0  # looks at the board otherwise
 MAX_ROLLBACK_ATTEMPTS = 3
 MAX_ADDRESSES = 8
-RESIGNING_PHASES = frozenset({"waiting", "done", "leaving", "serving"})
+RESIGNING_PHASES = frozenset({"waiting", "paused", "done", "leaving", "serving"})
+WATCHING_PHASES = frozenset({"finetuning", "paused"})  # others may go on meanwhile
 
 
 class GroupFailed(RoundError):
@@ -401,7 +402,7 @@ class Agreement:
             await asyncio.sleep(POLL_SECONDS if self._phase == "ready" else WATCH_SECONDS)
             await self._presence.read_board()
             chain = self.chain
-            if self._phase == "finetuning" and not self.is_overtaken:
+            if self._phase in WATCHING_PHASES and not self.is_overtaken:
                 found = await self.better_chain()
                 if found is not None and self.chain is chain:  # else I have caught up meanwhile
                     self.is_overtaken = True

@@ -40,6 +40,7 @@ from coordinator.identity import Identity
 from coordinator.janitor import DaemonLoop, Janitor
 from coordinator.outgoing import DHT, Answer, Recorder, begin_answer, ignore, report
 from coordinator.records import MAX_MESSAGE_BYTES, RecordError, parse_json
+from coordinator.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -95,6 +96,7 @@ class NetworkConfig:
     # "public": others can dial this peer, and it relays for those that cannot be dialled;
     # "private": they cannot (NAT, firewall), so it asks its entry points to relay for it.
     reachability: Literal["unknown", "public", "private"] = "unknown"
+    max_upload_bytes_per_second: float | None = None  # None: as fast as the line takes it
     startup_timeout_seconds: float = 60.0  # p2pd needs up to 15 s on a loaded machine
 
 
@@ -110,15 +112,21 @@ class _PeerRpc(ServicerBase):
     """One unary and one streaming call, both told apart by a method name in a JSON request."""
 
     def __init__(
-        self, unary: dict[str, UnaryHandler], streams: dict[str, StreamHandler], record: Recorder
+        self,
+        unary: dict[str, UnaryHandler],
+        streams: dict[str, StreamHandler],
+        record: Recorder,
+        throttle: Throttle,
     ) -> None:
         self._unary, self._streams, self._record = unary, streams, record
+        self._throttle = throttle
         self._answers: set[Answer] = set()  # under way
 
     async def rpc_call(self, request: BytesValue, context: P2PContext) -> BytesValue:
         method, body = _parse_request(request.value)
         peer_id = str(context.remote_id)
         reply = await self._unary[method](peer_id, body)
+        self._throttle.count(len(reply))
         report(self._record, "reply", method, peer_id, reply)
         return BytesValue(value=reply)
 
@@ -131,6 +139,7 @@ class _PeerRpc(ServicerBase):
             self._answers.add(answer)
             begin_answer(answer)
             async for part in self._streams[method](peer_id, body):
+                await self._throttle.wait_for(len(part))
                 answer.add(part)
                 yield BytesValue(value=part)
         except Exception as error:  # hivemind tells it to the caller
@@ -154,6 +163,7 @@ class Network:
     def __init__(self, config: NetworkConfig, record: Recorder = ignore) -> None:
         """`record` is told of every message that leaves, in the network's own thread."""
         self._config, self.record = config, record
+        self.throttle = Throttle(config.max_upload_bytes_per_second)
         self._reached: list[str] = []  # entry points that answered
         self._unary: dict[str, UnaryHandler] = {}
         self._streams: dict[str, StreamHandler] = {}
@@ -163,7 +173,7 @@ class Network:
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio itself keeps no strong reference
         self._guard = Guard()
         self._guard.on_refusal = self._refused
-        self._rpc = _PeerRpc(self._unary, self._streams, record)
+        self._rpc = _PeerRpc(self._unary, self._streams, record, self.throttle)
         self._p2p: GuardedP2P | None = None
         self._node: DHTNode | None = None
         self._validator: RecordValidatorBase | None = None
@@ -304,6 +314,7 @@ class Network:
     async def _call_once(self, peer_id: str, method: str, body: object, timeout_seconds: float) -> bytes:
         stub = _PeerRpc.get_stub(self.p2p, PeerID.from_base58(peer_id), namespace=RPC_NAMESPACE)
         request = BytesValue(value=_make_request(method, body))
+        self.throttle.count(len(request.value))
         report(self.record, "call", method, peer_id, request.value)
         try:
             reply = await asyncio.wait_for(stub.rpc_call(request), timeout_seconds)

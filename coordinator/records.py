@@ -36,7 +36,9 @@ _SOME = Field(min_length=1, max_length=1024)
 Count = Annotated[int, Field(ge=0, le=2**53)]  # bounded, so that it converts to a float
 SignatureText = Annotated[str, Field(max_length=88)]  # base64 of 64 bytes
 
-Phase = Literal["serving", "joining", "finetuning", "ready", "evaluating", "waiting", "done", "leaving"]
+Phase = Literal[
+    "serving", "joining", "finetuning", "ready", "evaluating", "waiting", "paused", "done", "leaving"
+]
 
 
 class RecordError(ValueError):

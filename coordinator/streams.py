@@ -27,6 +27,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerErr
 from coordinator.errors import NetworkError
 from coordinator.network import Network
 from coordinator.outgoing import About, Recorder, ignore, report
+from coordinator.throttle import UNLIMITED, Throttle, chunks_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,10 @@ class FrameStream:
         *,
         record: Recorder = ignore,
         frame_names: Mapping[int, str] = NO_NAMES,
+        throttle: Throttle = UNLIMITED,
     ) -> None:
         """`record` is told of every frame that leaves, under its name."""
-        self.peer_id = peer_id
+        self.peer_id, self._throttle = peer_id, throttle
         self._record, self._frame_names = record, frame_names
         self._about: About | None = None
         self._streams = (reader, writer)  # either one closes the transport when nobody holds it any more
@@ -97,12 +99,21 @@ class FrameStream:
         report(self._record, name, "", self.peer_id, *chunks, about=self._about)
         self._about = None
         try:
-            self._transport.write(head)
-            self._transport.write(memoryview(large)[start:])
-            await self._protocol.drained()
+            if self._throttle.is_on:
+                await self._send_slowly(head, memoryview(large)[start:])
+            else:
+                self._transport.write(head)
+                self._transport.write(memoryview(large)[start:])
+                await self._protocol.drained()
         except (OSError, RuntimeError) as error:  # RuntimeError: the transport was closed meanwhile
             raise StreamError(f"the stream to {self.peer_id[-8:]} broke: {error}") from error
         self.traffic.num_bytes_sent += _HEADER.size + length
+
+    async def _send_slowly(self, head: bytes, rest: memoryview) -> None:
+        for chunk in (memoryview(head), *chunks_of(rest)):
+            await self._throttle.wait_for(len(chunk))
+            self._transport.write(chunk)
+            await self._protocol.drained()
 
     async def receive(
         self, max_bytes: Mapping[int, int], into: Mapping[int, memoryview] | None = None
@@ -251,7 +262,13 @@ async def serve_streams(
             writer.close()
             return
         stream = FrameStream(
-            peer_id, reader, writer, greeting, record=network.record, frame_names=frame_names
+            peer_id,
+            reader,
+            writer,
+            greeting,
+            record=network.record,
+            frame_names=frame_names,
+            throttle=network.throttle,
         )
         try:
             await handler(stream)
@@ -283,7 +300,9 @@ async def open_stream(
         raise StreamError(
             f"no stream to {peer_id[-8:]}: {why.splitlines()[0][:160] if why else ''}"
         ) from error
-    stream = FrameStream(peer_id, reader, writer, record=network.record, frame_names=frame_names)
+    stream = FrameStream(
+        peer_id, reader, writer, record=network.record, frame_names=frame_names, throttle=network.throttle
+    )
     stream.describe(_GREETING)
     await stream.send(0, greeting)
     return stream

@@ -22,6 +22,9 @@ are JSON integers, durations seconds, sizes bytes, hashes hexadecimal; what was 
         For a regression task the three are Pearson correlations (-1 to 1).
     {"event": "alone", "round": int}
         below the quorum: it goes on finetuning its own copy and commits nothing
+    {"event": "paused", "round": int, "reason": str}
+        it rests, by --schedule, --pause-when-busy or a signal; the others go on without it
+    {"event": "resumed", "round": int}
     {"event": "stopped", "round": int, "reason": str}
         always the last line of an orderly end
 
@@ -167,6 +170,14 @@ class Reporter:
         self._print(f"round {round}  alone: too few peers to average, training goes on here")
         if finetune:
             self._print(f"  finetuned on {finetune}; nothing is committed until others are back")
+
+    def paused(self, round: int, reason: str) -> None:
+        if not self._emit("paused", round=round, reason=reason):
+            self._print(f"round {round}  paused: {clean(reason)}; the others go on without this peer")
+
+    def resumed(self, round: int) -> None:
+        if not self._emit("resumed", round=round):
+            self._print(f"round {round}  goes on after a pause")
 
     def stopped(self, round: int, reason: str) -> None:
         if not self._emit("stopped", round=round, reason=reason):

@@ -6,6 +6,7 @@ python -m peer.join --initial-peers ADDR [ADDR ...] --data FILE --output-dir DIR
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     from peer.config import PeerConfig
     from peer.display import Reporter
     from peer.genesis import State
+    from peer.manners import Manners
     from peer.stopping import StopSwitch
+
+MIN_UPLOAD_MBPS = 1.0  # `coordinator.pace` takes a peer below it for a silent one
 
 EPILOG = f"""examples:
   join a swarm with a file of examples (columns text and label):
@@ -100,6 +104,7 @@ def add_join_arguments(parser: argparse.ArgumentParser, *, needs_output_dir: boo
     )
     _add_data_arguments(parser)
     _add_training_arguments(parser)
+    _add_manners_arguments(parser)
     add_network_arguments(parser)
     parser.add_argument(
         "--no-listen",
@@ -206,6 +211,30 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of this peer's own draws (default: 0)")
 
 
+def _add_manners_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "manners (SIGUSR1 pauses a running peer, SIGUSR2 lets it go on; a paused peer holds nobody up)"
+    )
+    group.add_argument(
+        "--pause-when-busy",
+        nargs="?",
+        type=float,
+        const=50.0,
+        metavar="PERCENT",
+        help="rest while other programs use more than so much of the processors or the GPU (default: 50)",
+    )
+    group.add_argument("--schedule", metavar="HH:MM-HH:MM", help="work only in this window of the day")
+    group.add_argument(
+        "--max-upload-mbps",
+        type=float,
+        metavar="M",
+        help=f"send at most so many megabits per second, on average; at least {MIN_UPLOAD_MBPS:g}",
+    )
+    group.add_argument(
+        "--nice", type=int, metavar="N", help="lower priority of this process and its daemon: 0 to 19"
+    )
+
+
 def _join(args: argparse.Namespace) -> int:
     # Imported after the flags are read: torch and transformers take seconds, --help should not.
     # The data come first: what is wrong with them is told before anything slow is even imported.
@@ -216,7 +245,7 @@ def _join(args: argparse.Namespace) -> int:
     reporter = Reporter(args.json, stream=claim_stdout() if args.json else None)
     if not (args.initial_peers or args.model or (args.output_dir / "run.toml").exists()):
         raise UsageError("give --initial-peers to join a swarm, or --model to begin one")
-    config = make_config(args)
+    config, manners = make_config(args), make_manners(args)
     data = load_task_data(config.data)
     for note in data.notes:
         reporter.note(note)
@@ -225,11 +254,32 @@ def _join(args: argparse.Namespace) -> int:
     from peer.state import CheckpointStore
     from peer.stopping import StopSwitch
 
-    with StopSwitch(args.max_seconds).listening() as stop, CheckpointStore(config.output_dir) as store:
+    with (
+        manners.listening(),
+        StopSwitch(args.max_seconds).listening() as stop,
+        CheckpointStore(config.output_dir) as store,
+    ):
         spec, state = _begin_run(args, config, store)
         _check_quickly(config, spec, reporter, stop)
-        Session(config, data, store, reporter, stop).run(spec, state)
+        Session(config, data, store, reporter, stop, manners).run(spec, state)
     return stop.exit_code
+
+
+def make_manners(args: argparse.Namespace) -> Manners:
+    """Takes on the priority of `--nice` as well. Raises UsageError."""
+    from peer.manners import Manners, Schedule
+
+    percent, schedule = args.pause_when_busy, args.schedule
+    if percent is not None and not 1 <= percent <= 99:
+        raise UsageError(f"--pause-when-busy {percent:g}: give a percentage from 1 to 99")
+    if args.nice is not None:
+        if not 0 <= args.nice <= 19:
+            raise UsageError(f"--nice {args.nice}: give a number from 0 (as others) to 19 (after all others)")
+        os.nice(args.nice)
+    return Manners(
+        None if schedule is None else Schedule.parse(schedule),
+        None if percent is None else percent / 100,
+    )
 
 
 def make_config(args: argparse.Namespace) -> PeerConfig:
@@ -275,6 +325,7 @@ def make_config(args: argparse.Namespace) -> PeerConfig:
         linger_seconds=args.linger_seconds,
         eval_examples=args.eval_examples,
         num_threads=args.threads,
+        max_upload_bytes_per_second=_upload_rate(args.max_upload_mbps),
         seed=args.seed,
     )
 
@@ -302,6 +353,18 @@ def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter,
     for check in checks:
         if check.status == "warning":
             reporter.warning(f"{check.name}: {check.message}; {check.fix}")
+
+
+def _upload_rate(mbps: float | None) -> float | None:
+    """Bytes per second. Raises UsageError."""
+    if mbps is None:
+        return None
+    if not MIN_UPLOAD_MBPS <= mbps <= 1e6:
+        raise UsageError(
+            f"--max-upload-mbps {mbps:g}: give at least {MIN_UPLOAD_MBPS:g}; "
+            "slower peers would be taken for silent by the others"
+        )
+    return mbps * 1e6 / 8
 
 
 def _digest(text: str | None) -> str | None:

@@ -46,6 +46,7 @@ from peer.layout import TensorLayout
 from peer.learner import Evaluation, Learner, Progress
 from peer.ledger_file import LEDGER_NAME, Ledger
 from peer.manifest import Outgoing, prepare
+from peer.manners import Manners
 from peer.memory import release_freed_memory
 from peer.model import export_model
 from peer.outer import outer_step
@@ -118,10 +119,16 @@ class Session:
     """One peer in one run, from entering to leaving. `run` returns the reason for which it ended."""
 
     def __init__(
-        self, config: PeerConfig, data: TaskData, store: CheckpointStore, reporter: Reporter, stop: StopSwitch
+        self,
+        config: PeerConfig,
+        data: TaskData,
+        store: CheckpointStore,
+        reporter: Reporter,
+        stop: StopSwitch,
+        manners: Manners,
     ) -> None:
         self._config, self._data, self._store = config, data, store
-        self._reporter, self._stop = reporter, stop
+        self._reporter, self._stop, self._manners = reporter, stop, manners
         self._dir = config.output_dir
         self._pending: dict[str, _Pending] = {}  # states that may be committed yet, by hash
         self._promise_lock, self._num_promises, self._last_promise = threading.Lock(), 0, 0
@@ -132,6 +139,7 @@ class Session:
         self._best_task_score: float | None = None
         self._base: Evaluation | None = None  # of the current state
         self._is_entered = self._is_connected = False
+        self._resting: str | None = None  # why, while manners forbid to go on
         self._log = _RoundLog(0)
         self._rounds_left = config.num_rounds
         for name in ("model", "task_model", "base"):
@@ -172,6 +180,7 @@ class Session:
             announce_maddrs=config.announce_maddrs,
             initial_peers=config.initial_peers,
             remembered_peers=_load_addresses(self._dir / "known_peers.json"),
+            max_upload_bytes_per_second=config.max_upload_bytes_per_second,
         )
 
     def _enter(self, spec: RunSpec | None, first_state: State | None, checkpoint: Checkpoint | None) -> None:
@@ -315,6 +324,8 @@ class Session:
                     return reason
                 case CatchUp():
                     self._catch_up()
+                case Finetune() if self._must_rest:
+                    self._rest()
                 case Finetune():
                     self._one_round()
                 case _:
@@ -335,6 +346,9 @@ class Session:
         while True:
             self._finetune(log, part)
             if self._is_rejected:
+                return
+            if log.num_examples == 0 and self._agreement.is_overtaken:  # it rested all the time
+                self._catch_up()
                 return
             delta = self._learner.export_backbone()
             delta -= self._state.backbone
@@ -379,9 +393,35 @@ class Session:
         log.num_examples += result.num_examples
         self._reporter.finetuned(log.round, log.num_examples, result.seconds)
 
-    def _should_stop_training(self, part: int) -> bool:
-        """Told to stop, the round's deadline is near, the others have gone on, or a lone peer has company."""
+    @property
+    def _must_rest(self) -> bool:
+        reason = self._manners.reason()
+        if reason is None and self._resting is not None:
+            self._reporter.resumed(self._round + 1)
+        elif reason is not None and reason != self._resting:
+            self._reporter.paused(self._round + 1, reason)
+        self._resting = reason
+        return reason is not None
+
+    def _rest(self) -> None:
+        """Use no processor until manners allow it, or the others have gone on: their state is taken over."""
         agreement = self._agreement
+        self._in_network(agreement.set_phase("paused"))
+        while self._must_rest and not (self._is_rejected or agreement.is_overtaken):
+            if isinstance(agreement.decide(), CatchUp | Stop):
+                return
+            self._stop.wait(0.5)
+            self._check_daemon()
+
+    def _should_stop_training(self, part: int) -> bool:
+        """Told to stop, the round's deadline is near, the others have gone on, or a lone peer has company.
+
+        Called after every step of the optimizer: where a pause begins, and ends.
+        """
+        agreement = self._agreement
+        if not self._stop.is_set and self._must_rest:
+            self._rest()
+            self._in_network(agreement.set_phase("finetuning"))
         if (
             self._stop.is_set
             or self._is_rejected

@@ -1,0 +1,131 @@
+"""Does a peer rest when it should, only then, and without holding up the others?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from datetime import time as time_of_day
+from pathlib import Path
+
+import pytest
+
+from coordinator.errors import UsageError
+from peer.manners import (
+    BUSY_SECONDS,
+    QUIET_SECONDS,
+    BusyWatch,
+    Manners,
+    Schedule,
+    Usage,
+    measure_usage,
+    others_share,
+)
+from scripts.swarm_processes import LocalSwarm
+from tests.test_swarm import committed, start_peer, start_run, write_task
+
+
+@pytest.mark.parametrize(
+    ("window", "inside", "outside"),
+    [
+        ("22:00-07:00", ["22:00", "23:59", "00:00", "06:59"], ["07:00", "12:00", "21:59"]),
+        ("9:30-17:00", ["09:30", "16:59"], ["09:29", "17:00", "00:00"]),
+        ("00:00-23:59", ["00:00", "23:58"], ["23:59"]),
+    ],
+)
+def test_windows_of_the_day(window: str, inside: list[str], outside: list[str]) -> None:
+    schedule = Schedule.parse(window)
+    assert all(schedule.is_open(time_of_day.fromisoformat(text)) for text in inside)
+    assert not any(schedule.is_open(time_of_day.fromisoformat(text)) for text in outside)
+
+
+@pytest.mark.parametrize("text", ["", "22:00", "22-07", "24:00-07:00", "22:00-07:60", "7:00-7:00", "a:b-c:d"])
+def test_a_window_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--schedule"):
+        Schedule.parse(text)
+
+
+def test_outside_of_its_hours_it_rests_and_says_which_they_are() -> None:
+    now = datetime(2026, 1, 1, 21, 59, tzinfo=UTC)
+    manners = Manners(Schedule.parse("22:00-07:00"), now=lambda: now)
+    assert manners.reason() == "outside of its hours (22:00-07:00)"
+    now += timedelta(minutes=1)
+    assert manners.reason() is None
+
+
+def test_others_share_by_hand() -> None:
+    """4 processors for 10 s are 40 s; 30 were used, 10 of them by us: others used half."""
+    assert others_share(Usage(5.0, 100.0, 20.0), Usage(15.0, 130.0, 30.0), 4) == pytest.approx(0.5)
+    assert others_share(Usage(5.0, 100.0, 20.0), Usage(15.0, 105.0, 30.0), 4) == 0.0  # rounding of the system
+    assert others_share(Usage(5.0, 100.0, 20.0), Usage(5.0, 105.0, 20.0), 4) == 0.0
+
+
+def test_a_burst_changes_nothing_what_lasts_does() -> None:
+    watch = BusyWatch(0.5)
+    for share, now in [(0.9, 0.0), (0.9, BUSY_SECONDS - 1), (0.4, BUSY_SECONDS), (0.9, BUSY_SECONDS + 1)]:
+        watch.update(share, now)
+        assert not watch.is_busy
+    watch.update(0.9, 2 * BUSY_SECONDS + 1)
+    assert watch.is_busy
+    start = 3 * BUSY_SECONDS
+    for share, now in [(0.1, start), (0.6, start + QUIET_SECONDS - 1), (0.1, start + QUIET_SECONDS)]:
+        watch.update(share, now)
+        assert watch.is_busy
+    watch.update(0.5, start + 2 * QUIET_SECONDS)  # at the threshold is not above it
+    assert not watch.is_busy
+
+
+def test_what_a_child_computes_is_ours() -> None:
+    before = measure_usage()
+    subprocess.run([sys.executable, "-c", "sum(i * i for i in range(3_000_000))"], check=True)
+    after = measure_usage()
+    assert after.own - before.own > 0.1
+    assert after.busy >= before.busy
+    assert after.at > before.at
+
+
+def test_signals_pause_and_resume() -> None:
+    manners = Manners()
+    with manners.listening():
+        assert manners.reason() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert manners.reason() == "told to pause (SIGUSR2 lets it go on)"
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert manners.reason() is None
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_paused_peers_hold_nobody_up_and_go_on_with_the_swarms_state(tmp_path: Path) -> None:
+    """One is paused by signal and let go on, one is outside of its hours all the time."""
+    soon = datetime.now().astimezone() + timedelta(hours=2)
+    hours = f"{soon:%H:%M}-{soon + timedelta(hours=1):%H:%M}"
+    flags = ("--rounds", "12", "--round-seconds", "4", "--min-peers", "2", "--lease-seconds", "10")
+    tasks = {name: write_task(tmp_path / f"{name}.jsonl", seed=i) for i, name in enumerate("abcd")}
+    with LocalSwarm(tmp_path / "logs") as swarm:
+        _, entry = start_run(swarm, tmp_path, *flags)
+        peers = {name: start_peer(swarm, name, tmp_path, tasks[name], entry) for name in "abc"}
+        resting = start_peer(swarm, "d", tmp_path, tasks["d"], [*entry, "--schedule", hours])
+        swarm.wait_for(peers["c"], "committed", timeout_seconds=120.0)
+        peers["c"].process.send_signal(signal.SIGUSR1)
+        paused = swarm.wait_for(peers["c"], "paused", timeout_seconds=60.0)
+        swarm.wait_for(
+            peers["a"],
+            "committed",
+            timeout_seconds=120.0,
+            where=lambda event: event["round"] > paused["round"],
+        )
+        assert peers["c"].process.poll() is None
+        assert max(committed(peers["c"])) <= paused["round"]
+        peers["c"].process.send_signal(signal.SIGUSR2)
+        swarm.wait_for(peers["c"], "resumed", timeout_seconds=60.0)
+        swarm.wait_until_ended([*peers.values(), resting], timeout_seconds=200.0)
+    assert set(committed(peers["a"])) == set(range(1, 13))
+    after = {number for number in committed(peers["c"]) if number > paused["round"] + 1}
+    assert after, "took no part after its pause"
+    assert not resting.of_kind("finetuned")
+    assert hours in resting.of_kind("paused")[0]["reason"]
+    assert resting.of_kind("caught_up")[-1]["state_hash"] == committed(peers["a"])[12]
