@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from coordinator.about import AboutPeer
 from coordinator.ballot import (
     MAX_ATTEMPTS_AHEAD,
     Ballot,
@@ -151,6 +152,7 @@ class Agreement:
         chain: Chain,
         *,
         serves_only: bool = False,
+        about: Callable[[], AboutPeer | None] = lambda: None,  # what heartbeats say to people who watch
         remember: Remember | None = None,
         initial_promise: Promise | None = None,
         obtain: Obtain | None = None,
@@ -170,6 +172,7 @@ class Agreement:
             network, identity, chain.spec, self.membership, self._pace, lambda: self._heartbeat()
         )
         self._chains = ChainExchange(network, self.membership, self._pace, lambda: self.chain)
+        self._about = about
         self._serves_only = serves_only  # follows the chain, holds round 0 and trains nothing
         self._remember, self._obtain = remember, obtain
         self._holds = holds or self._has_computed
@@ -392,6 +395,7 @@ class Agreement:
             num_examples=self._num_examples,
             entered_at=self._entered_at,
             addresses=self._addresses,
+            about=self._about(),
             resigned=self.chain.tip if self._roster.has_resigned(self.chain) else "",
             issued_at=now,
             expires_at=now + self.chain.spec.lease_seconds,

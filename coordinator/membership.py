@@ -96,6 +96,11 @@ class Membership:
     def get(self, peer_id: str) -> Member | None:
         return self._members.get(peer_id)
 
+    def heard(self) -> dict[str, PeerRecord]:
+        """The newest record of each, by peer id; those that have expired or said goodbye included."""
+        with self._lock:
+            return dict(self._heard)
+
     def forget(self, peer_id: str) -> None:
         """Count a peer that cannot be reached as gone; its next heartbeat brings it back."""
         with self._lock:

@@ -93,6 +93,7 @@ class NetworkConfig:
         str, ...
     ] = ()  # met earlier: dialled as well, and nothing is wrong if none answers
     listens: bool = True  # False: takes no connections, only makes them
+    is_dht_client: bool = False  # asks the DHT, and stores and answers nothing for others
     # "public": others can dial this peer, and it relays for those that cannot be dialled;
     # "private": they cannot (NAT, firewall), so it asks its entry points to relay for it.
     reachability: Literal["unknown", "public", "private"] = "unknown"
@@ -363,6 +364,7 @@ class Network:
             record_validator=validator,
             ensure_bootstrap_success=False,
             strict=False,
+            client_mode=self._config.is_dht_client,
         )
         guard_dht(self._node)
 

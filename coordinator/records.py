@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coordinator.about import AboutPeer
 from coordinator.identity import Identity, is_signed_by
 
 MAX_RECORD_BYTES = 10_000  # what the DHT takes without harm, with room
@@ -69,6 +70,7 @@ class PeerRecord(Record):
     num_examples: Count = 0  # finetuned for the next round, once ready
     entered_at: Instant = 0.0  # when it began the next round
     addresses: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=8)] = []
+    about: AboutPeer | None = None  # for people who watch; see coordinator/monitor.py
     resigned: OptionalHash = ""  # hash of the commit in whose next round it does not vote, whatever it does
     issued_at: Instant
     expires_at: Instant

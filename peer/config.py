@@ -27,6 +27,8 @@ class PeerConfig:
     num_rounds: int | None = None  # leave after so many committed rounds; None: the run's end
     max_seconds: float | None = None  # leave after this time
     linger_seconds: float = 60.0  # after the last round: serve the state, at most so long
+    name: str = ""  # how people who watch see this peer; at most 40 characters
+    shares_metrics: bool = False  # whether its scores go into its heartbeats
     eval_examples: int = 256  # held-out examples scored per backbone; twice as many fit the head
     num_threads: int | None = None  # of the processor; None: all
     max_upload_bytes_per_second: float | None = None  # None: as fast as the line takes it

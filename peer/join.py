@@ -102,6 +102,14 @@ def add_join_arguments(parser: argparse.ArgumentParser, *, needs_output_dir: boo
         metavar="S",
         help="after the last round: serve those that lack its state, at most so long (default: 60)",
     )
+    parser.add_argument(
+        "--name", default="", metavar="NAME", help="how people who watch see this peer (default: no name)"
+    )
+    parser.add_argument(
+        "--share-metrics",
+        action="store_true",
+        help="tell the swarm the scores of base, own and fused backbone on your held-out data",
+    )
     _add_data_arguments(parser)
     _add_training_arguments(parser)
     _add_manners_arguments(parser)
@@ -284,6 +292,7 @@ def make_manners(args: argparse.Namespace) -> Manners:
 
 def make_config(args: argparse.Namespace) -> PeerConfig:
     """Raises UsageError."""
+    from peer.about import tidy_name
     from peer.config import PeerConfig
     from peer.data import DataConfig
     from peer.finetune import FinetuneConfig
@@ -323,6 +332,8 @@ def make_config(args: argparse.Namespace) -> PeerConfig:
         num_rounds=args.rounds if args.initial_peers else None,
         max_seconds=args.max_seconds,
         linger_seconds=args.linger_seconds,
+        name=tidy_name(args.name),
+        shares_metrics=args.share_metrics,
         eval_examples=args.eval_examples,
         num_threads=args.threads,
         max_upload_bytes_per_second=_upload_rate(args.max_upload_mbps),

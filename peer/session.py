@@ -32,6 +32,7 @@ from coordinator.records import Promise, RecordError, SignedCommit, parse_json, 
 from coordinator.rounds import CatchUp, Finetune, Stop, trains_on
 from coordinator.spec import RunSpec, load_spec
 from coordinator.streams import Traffic
+from peer.about import About, device_name
 from peer.allreduce import AllReduceService, Reduced, Rules, ToldTwoThings
 from peer.audit import AuditService, RoundRecord
 from peer.compression import CODECS
@@ -141,6 +142,7 @@ class Session:
         self._is_entered = self._is_connected = False
         self._resting: str | None = None  # why, while manners forbid to go on
         self._log = _RoundLog(0)
+        self._about = About(config.name, device_name(config.finetune.use_cpu), config.shares_metrics)
         self._rounds_left = config.num_rounds
         for name in ("model", "task_model", "base"):
             recover_directory(self._dir / name)
@@ -156,7 +158,7 @@ class Session:
             spec = load_spec(self._dir / "run.toml")
         with (
             Ledger(self._dir / LEDGER_NAME) as self._ledger,
-            Network(self._network_config(), self._ledger.sent) as self._network,
+            Network(self._network_config(), self._about.counting(self._ledger.sent)) as self._network,
         ):
             try:
                 self._enter(spec, first_state, checkpoint)
@@ -191,6 +193,7 @@ class Session:
             self._network,
             identity,
             Chain(spec),
+            about=self._about.record,
             remember=self._remember,
             initial_promise=_load_promise(self._dir / "promise.json"),
             obtain=self._obtain,
@@ -387,8 +390,9 @@ class Session:
                 round_=log.round,
                 part=part,
                 should_stop=lambda: self._should_stop_training(part),
-                on_progress=bar.update,
+                on_progress=self._about.following(bar.update),
             )
+        self._about.finetuned(result.num_examples, result.seconds)
         self._stop.check()
         log.num_examples += result.num_examples
         self._reporter.finetuned(log.round, log.num_examples, result.seconds)
@@ -495,6 +499,7 @@ class Session:
             clock.is_reducing = False
         clock.reduce_ended = time.monotonic()
         log.traffic = reduced.traffic
+        self._about.received(reduced.traffic.num_bytes_received)
         self._hold(_Pending(state, reduced, group.group_id.hex()))
         self._reporter.fused(
             group.round,
@@ -686,7 +691,7 @@ class Session:
 
     def _evaluate_fused(self, log: _RoundLog) -> None:
         with log.timed("evaluate_fused"), self._progress(log, "evaluating the fused backbone", 1.0) as bar:
-            progress = self._stop.checking(bar.update)
+            progress = self._stop.checking(self._about.following(bar.update))
             self._base = self._learner.evaluate_base(self._round + 1, on_progress=progress)
         if self._keep_task_model(self._base):
             with log.timed("save"):
@@ -698,6 +703,7 @@ class Session:
         fused = None if self._base is None else self._base.head_only
         accuracy = Accuracy(base=base.head_only, own=own.head_only, fused=fused)
         self._write_round(committed, accuracy, log)
+        self._about.scored(self._round, self._data.task.metric_name, accuracy)
         num_peers = len(committed.group.members)
         metric_name = self._data.task.metric_name
         self._reporter.committed(self._round, self._state.state_hash, num_peers, accuracy, metric_name)
@@ -746,7 +752,7 @@ class Session:
 
     def _fetch(self, state_hash: str, donors: tuple[str, ...]) -> State:
         with self._reporter.progress("downloading the state", 1.0) as bar:
-            return get_state(
+            state = get_state(
                 self._network,
                 self.spec,
                 state_hash,
@@ -754,6 +760,8 @@ class Session:
                 lambda done, total: bar.update(done / total),
                 check=self._stop.check,
             )
+        self._about.received(state.manifest.layout.size_bytes)
+        return state
 
     # keeping
 

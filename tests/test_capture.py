@@ -55,7 +55,7 @@ class CapturedSwarm:
         self.entry = ["--run", started["spec_digest"], "--initial-peers", *started["initial_peers"]]
         return starter
 
-    def join(self, name: str, *, seed: int) -> SwarmProcess:
+    def join(self, name: str, *flags: str, seed: int) -> SwarmProcess:
         data = write_task(self._directory / f"{name}.jsonl", seed=seed)
         training = [
             "--batch-size",
@@ -67,7 +67,9 @@ class CapturedSwarm:
             "--linger-seconds",
             "20",
         ]
-        return self._start(name, "peer.join", ["--data", str(data), *training, *LOOPBACK, *self.entry])
+        return self._start(
+            name, "peer.join", ["--data", str(data), *training, *LOOPBACK, *self.entry, *flags]
+        )
 
     def _start(self, name: str, module: str, flags: Sequence[str]) -> SwarmProcess:
         output = ["--output-dir", str(self._directory / name)]
@@ -120,6 +122,14 @@ def check_ledger(tmp_path: Path, name: str, capture: Capture) -> None:
     assert not [n for n, _ in layout["tensors"] if "classifier" in n or "pooler" in n]
 
 
+def scores_told(capture: Capture) -> list[Mapping[str, Any]]:
+    """In the heartbeats that went to the DHT."""
+    heartbeats = [
+        json.loads(json.loads(m.payload)["payload"]) for m in capture.messages if m.kind == "record"
+    ]
+    return [h["about"]["scores"] for h in heartbeats if h["about"] and h["about"]["scores"]]
+
+
 def check_that_the_checks_see(tmp_path: Path, name: str, capture: Capture) -> None:
     """What is sent is found, and a message more, less or other than in the ledger as well."""
     lines = ledger_lines(tmp_path / name)
@@ -136,9 +146,11 @@ def test_a_round_of_three_processes(tmp_path: Path, capsys: pytest.CaptureFixtur
     with LocalSwarm(tmp_path / "logs") as swarm:
         captured = CapturedSwarm(swarm, tmp_path)
         starter = captured.begin("--rounds", "1", "--round-examples", "16", "--min-peers", "2")
-        peers = [captured.join(name, seed=i) for i, name in enumerate("ab")]
+        peers = [captured.join("a", "--share-metrics", seed=0), captured.join("b", seed=1)]
         swarm.wait_until_ended([*peers, starter], timeout_seconds=200.0)
     captures = {name: read_capture(tmp_path / f"{name}.capture") for name in ("starter", "a", "b")}
+    assert {(s["round"], s["metric"]) for s in scores_told(captures["a"])} == {(1, "accuracy")}
+    assert scores_told(captures["b"]) == []  # its person did not agree
     for name, capture in captures.items():
         check_ledger(tmp_path, name, capture)
     for name in "ab":
