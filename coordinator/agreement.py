@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from coordinator.about import AboutPeer
+from coordinator.admission import NOT_ADMITTED, Admission
 from coordinator.ballot import (
     MAX_ATTEMPTS_AHEAD,
     Ballot,
@@ -43,7 +44,7 @@ from coordinator.ballot import (
 )
 from coordinator.chain import Chain, is_better
 from coordinator.chain_exchange import ChainExchange
-from coordinator.errors import RoundError
+from coordinator.errors import AccessError, RoundError
 from coordinator.identity import Identity
 from coordinator.membership import TRAINING_PHASES, Member, Membership
 from coordinator.network import Network, PeerUnreachable
@@ -164,7 +165,8 @@ class Agreement:
         `wants_rollback`: whether it agrees to undo the commit of that hash; by default never.
         """
         self.chain = chain
-        self.membership = Membership(chain.spec, identity.peer_id)
+        self._admission = _admission_of(network, chain)
+        self.membership = Membership(chain.spec, identity.peer_id, self._admission)
         self.is_overtaken = False  # a better chain than mine was seen and verified
         self._network, self._identity = network, identity
         self._pace = Pace(chain.spec.lease_seconds)
@@ -218,6 +220,8 @@ class Agreement:
         await self.publish()
         self._network.create_task(self._presence.keep_publishing())
         self._network.create_task(self._keep_watching())
+        if self._admission is not None:
+            self._start_revoking(self._admission)
 
     async def set_phase(
         self, phase: Phase, *, num_examples: int = 0, entered_at: float | None = None
@@ -397,6 +401,7 @@ class Agreement:
             addresses=self._addresses,
             about=self._about(),
             resigned=self.chain.tip if self._roster.has_resigned(self.chain) else "",
+            credential=None if self._admission is None else self._admission.credential,
             issued_at=now,
             expires_at=now + self.chain.spec.lease_seconds,
         )
@@ -610,6 +615,30 @@ class Agreement:
         await self._try(ballot, _no_reduce)
         self._bell.ring()
 
+    # whom the organizer of a private run takes back
+
+    def _start_revoking(self, admission: Admission) -> None:
+        admission.on_revoked(self._put_out)
+        self._put_out(admission.revoked)
+        self._network.on_call("revocations", self._on_revocations)
+        admission.on_revoked(lambda _: self._tell_revocations(admission.signed_revocations.decode()))
+        self._network.create_task(self._presence.keep_spreading_revocations(admission))
+
+    def _put_out(self, peer_ids: frozenset[str]) -> None:
+        for peer in sorted(peer_ids - self.membership.banned - {self._identity.peer_id}):
+            self.membership.ban(peer, "the organizer has revoked it")
+        self._bell.ring()
+
+    async def _on_revocations(self, _peer_id: str, body: Any) -> bytes:
+        if self._admission is not None:
+            self._admission.learn(str(body).encode(errors="replace"))
+        return b"{}"
+
+    def _tell_revocations(self, text: str) -> None:
+        """On to the others, at once: whoever knows this version already tells nobody."""
+        for member in self.live():
+            self._network.create_task(self._presence.tell(member.peer_id, "revocations", text))
+
     # answers to the others
 
     async def _on_heartbeat(self, peer_id: str, body: Any) -> bytes:
@@ -624,6 +653,7 @@ class Agreement:
                 raise RecordError("the proposal is not signed by its sender")
             if self._roster.is_excluded(author):
                 raise RecordError("the proposer is excluded")
+            self._check_credentials(proposal)
             if self._is_leading(proposal.attempt):
                 self._leaders.two_at_once()
             if self._voting.is_running:
@@ -636,6 +666,13 @@ class Agreement:
         self._attempt = max(self._attempt, proposal.attempt)
         await self._store_promise()
         return json.dumps(answer.to_json()).encode()
+
+    def _check_credentials(self, proposal: Proposal) -> None:
+        """A member must not bring in an outsider either. Raises RecordError."""
+        if self._admission is not None:
+            for peer, record in member_records(proposal):
+                if peer != self._identity.peer_id:
+                    self._admission.admit(peer, record.credential)
 
     def _is_leading(self, attempt: int) -> bool:
         author, proposal = self._proposal or ("", None)
@@ -675,6 +712,18 @@ class Agreement:
             raise RecordError("of another run")
         self._voting.add(peer_id, str(body.get("commit"))[:64], str(body.get("signature"))[:88])
         return b"{}"
+
+
+def _admission_of(network: Network, chain: Chain) -> Admission | None:
+    """Raises AccessError rather than run a private swarm with its doors open."""
+    admission, spec = network.admission, chain.spec
+    if spec.organizer is None and admission is None:
+        return None
+    if admission is None:
+        raise AccessError(f"{NOT_ADMITTED}: join with --invite STRING, which its organizer makes")
+    if (admission.run, admission.organizer) != (spec.digest, spec.organizer):
+        raise AccessError("the invite is of another run, or of another organizer, than the run's spec")
+    return admission
 
 
 async def _no_reduce(_group: Group) -> Fused:

@@ -12,10 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from coordinator.errors import SpecError, SwarmError
+from coordinator.credentials import MAX_INVITE_CHARS, Invite, parse_invite
+from coordinator.errors import SpecError, StateError, SwarmError, UsageError
+from coordinator.organizer import default_key_path
 from coordinator.spec import RunSpec
 
 logger = logging.getLogger(__name__)
+
+_HOME_KEY = "~/.config/cold-fusion/organizer.key"
 
 DEFAULT_NUM_ROUNDS = 30  # the paper's
 DEFAULT_ROUND_EXAMPLES = 4096
@@ -24,7 +28,8 @@ EXIT_CODES = """exit codes:
   0  ended as planned           4  the model cannot be used
   1  an error without a code    5  the network: no entry point answers, p2p daemon dead
   2  wrong flags or run spec    6  the output directory cannot be used
-  3  the data cannot be used    130 Ctrl-C, 143 SIGTERM: the checkpoint is kept
+  3  the data cannot be used    7  a private run does not let this peer in
+                                130 Ctrl-C, 143 SIGTERM: the checkpoint is kept
 """
 
 
@@ -168,6 +173,68 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         help="public: others can dial this peer, and it relays for those that cannot be dialled; "
         "private: they cannot, so its entry points relay for it (default: unknown)",
     )
+
+
+def add_private_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of who begins a run."""
+    group = parser.add_argument_group("a private run")
+    group.add_argument(
+        "--private", action="store_true", help="begin one that only invited peers can join; prints an invite"
+    )
+    add_organizer_argument(group)
+
+
+def add_organizer_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--organizer-key",
+        type=Path,
+        default=default_key_path(),
+        metavar="FILE",
+        help=f"the organizer's key, made with --private where there is none (default: {_HOME_KEY})",
+    )
+
+
+def add_invite_argument(parser: argparse.ArgumentParser) -> None:
+    """For every command that enters a swarm; `with_invite` reads it."""
+    parser.add_argument(
+        "--invite",
+        metavar="STRING",
+        help="of a private run, in the place of --initial-peers and --run; @FILE: read it from a file, "
+        "so that other users of this machine do not see it",
+    )
+
+
+def with_invite(args: argparse.Namespace) -> argparse.Namespace:
+    """`args.invite` becomes an Invite or None, its entry points and run those of the flags. SwarmError."""
+    if args.invite is None:
+        return args
+    invite: Invite = parse_invite(_text_of(args.invite))
+    if args.run not in (None, invite.run):
+        raise UsageError(f"--run {args.run[:80]} is not the run of the invite, {invite.run}")
+    args.invite, args.run = invite, invite.run
+    args.initial_peers = list(dict.fromkeys([*args.initial_peers, *invite.entry_points]))
+    if not args.initial_peers:
+        raise UsageError("the invite names no entry point; give --initial-peers ADDR as well")
+    return args
+
+
+def trusted_digest(text: str | None) -> str | None:
+    """Of `--run`. Raises UsageError."""
+    if text is not None and (len(text) != 64 or set(text) - set("0123456789abcdef")):
+        raise UsageError(
+            f"--run {text[:80]}: a digest has 64 hexadecimal digits, as the entry point printed them"
+        )
+    return text
+
+
+def _text_of(argument: str) -> str:
+    if not argument.startswith("@"):
+        return argument
+    try:
+        with open(argument[1:], encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_INVITE_CHARS + 1)
+    except (OSError, ValueError) as error:
+        raise StateError(f"{argument[1:]}: cannot read the invite: {error}") from error
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,8 @@
     ├── ModelError              4   the model: not found, not an encoder, wrong hash
     ├── NetworkError            5   no entry point answers, the p2p daemon does not run
     │   └── RoundError          5   one attempt at a round failed; the session tries again
-    └── StateError              6   the output directory: not writable, not of this run
+    ├── StateError              6   the output directory: not writable, not of this run
+    └── AccessError             7   a private run: no credential, or one that is expired, revoked, of another
 
 A run that was told to stop ends with 130 (Ctrl-C) or 143 (SIGTERM), as shells expect.
 """
@@ -50,3 +51,7 @@ class RoundError(NetworkError):
 
 class StateError(SwarmError):
     exit_code = 6
+
+
+class AccessError(SwarmError):
+    exit_code = 7

@@ -12,6 +12,10 @@ hivemind are replaced or wrapped; `tests/test_network.py` pins them:
 - `DHTProtocol.call_find` believed any expiration, so an empty answer could end a search.
 
 A refused call is answered with an error and costs 0.1 ms; who goes on all the same is disconnected.
+
+In a private run this is also the one place where outsiders are kept out: of every call and every stream that
+comes in, whatever it is for, the door's excepted; and what goes out waits until the other side has shown its
+credential (`coordinator.door`).
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.proto import p2pd_pb2
 from hivemind.utils import get_dht_time
 
+from coordinator.admission import NOT_ADMITTED, Admission, NotAdmittedError
+from coordinator.door import DOOR_HANDLER, Door
 from coordinator.limits import Budget, Limiter, OpenStreams, Rate, Refusal
 from coordinator.records import MAX_MESSAGE_BYTES, MAX_RECORD_BYTES, RecordError
 
@@ -63,6 +69,18 @@ STREAMS = Budget(
     total=Rate(per_second=1000, burst=2000, max_delay_seconds=0.5),
     max_refused=200,
 )
+# A peer presents itself once to each other; a stranger's signatures cost 0.3 ms.
+DOOR_CALLS = Budget(
+    per_peer=Rate(per_second=2, burst=20, max_delay_seconds=1.0),
+    total=Rate(per_second=200, burst=1000, max_delay_seconds=0.5),
+    max_refused=200,
+)
+# Of all that is asked by those who are not let in: their flood must not cost the members their budget.
+OUTSIDERS = Budget(
+    per_peer=Rate(per_second=20, burst=100, max_delay_seconds=1.0),
+    total=Rate(per_second=500, burst=1000, max_delay_seconds=0.5),
+    max_refused=200,
+)
 DISCONNECT_SECONDS = 2.0
 _NUM_DISCONNECTS = 2  # at one time
 _LOG_SECONDS = 60.0
@@ -82,10 +100,11 @@ class MessageTooLargeError(ValueError):
 class Guard:
     """The budgets of all who call; outlives the P2P object, so that a restart gives nobody a fresh one."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        self._calls, self._dht, self._opened = (
-            Limiter(budget, now()) for budget in (CALLS, DHT_CALLS, STREAMS)
+    def __init__(self, now: Callable[[], float] = time.monotonic, admission: Admission | None = None) -> None:
+        """`admission`: of a private run."""
+        self._now, self._admission = now, admission
+        self._calls, self._dht, self._opened, self._door, self._outsiders = (
+            Limiter(budget, now()) for budget in (CALLS, DHT_CALLS, STREAMS, DOOR_CALLS, OUTSIDERS)
         )
         self.open_streams = OpenStreams(MAX_STREAMS_PER_PEER, MAX_STREAMS)
         self.num_refused = 0
@@ -102,19 +121,30 @@ class Guard:
         is_dht = handler_name.startswith("DHTProtocol.")
         if num_bytes > (MAX_DHT_CALL_BYTES if is_dht else MAX_CALL_BYTES):
             raise RecordError(f"a request of {num_bytes} bytes")
+        is_door = self._admission is not None and handler_name == DOOR_HANDLER
         limiter, unit = (self._dht, DHT_TOKEN_BYTES) if is_dht else (self._calls, TOKEN_BYTES)
+        if is_door:
+            limiter = self._door
+        elif not self._is_in(peer_id):  # what it asks in vain must not cost the members their budget
+            limiter = self._outsiders
         verdict = limiter.admit(peer_id, self._now(), 1.0 + num_bytes // unit)
         if isinstance(verdict, Refusal):
             self._refused(p2p, peer_id, "calls", verdict)
             raise RecordError("too many calls: slow down")
+        if self._admission is not None and not is_door:
+            self._admission.require(peer_id)
         if verdict > 0.0:
             await asyncio.sleep(verdict)
 
     async def pass_stream(self, p2p: P2P, peer_id: str) -> bool:
         """Whether the stream may be served; then `open_streams.close` must follow."""
-        verdict = self._opened.admit(peer_id, self._now())
+        limiter = self._opened if self._is_in(peer_id) else self._outsiders
+        verdict = limiter.admit(peer_id, self._now())
         if isinstance(verdict, Refusal):
             self._refused(p2p, peer_id, "streams", verdict)
+            return False
+        if not self._lets_in(peer_id):
+            self.num_refused += 1
             return False
         if not self.open_streams.open(peer_id):
             self.num_refused += 1
@@ -122,6 +152,24 @@ class Guard:
             return False
         if verdict > 0.0:
             await asyncio.sleep(verdict)
+        return True
+
+    def disconnect(self, p2p: P2P, peer_id: str) -> None:
+        """Whom the organizer has revoked: its open streams end with the connection."""
+        if peer_id not in self._disconnecting:
+            self._disconnecting.add(peer_id)
+            asyncio.create_task(self._disconnect(p2p, peer_id))  # noqa: RUF006 (the loop keeps its tasks)
+
+    def _is_in(self, peer_id: str) -> bool:
+        return self._admission is None or self._admission.is_admitted(peer_id)
+
+    def _lets_in(self, peer_id: str) -> bool:
+        if self._admission is None:
+            return True
+        try:
+            self._admission.require(peer_id)
+        except NotAdmittedError:
+            return False
         return True
 
     def _refused(self, p2p: P2P, peer_id: str, what: str, refusal: Refusal) -> None:
@@ -163,11 +211,14 @@ class GuardedP2P(P2P):
     """hivemind's P2P behind a guard; `guarded` makes one."""
 
     guard: Guard
+    door: Door | None  # of a private run
 
     @classmethod
-    async def guarded(cls, guard: Guard, socket_folder: Path, **options: Any) -> GuardedP2P:
+    async def guarded(
+        cls, guard: Guard, socket_folder: Path, door: Door | None = None, **options: Any
+    ) -> GuardedP2P:
         """`socket_folder`: where the sockets between daemon and process lie; hivemind's are in /tmp."""
-        values = {"guard": guard, "_UNIX_SOCKET_PREFIX": f"/unix{socket_folder}/"}
+        values = {"guard": guard, "door": door, "_UNIX_SOCKET_PREFIX": f"/unix{socket_folder}/"}
         p2p: GuardedP2P = await type("GuardedP2P", (cls,), values).create(**options)  # type: ignore[attr-defined]
         control: ControlClient = p2p._client.control
 
@@ -196,6 +247,30 @@ class GuardedP2P(P2P):
 
         await super().add_binary_stream_handler(name, guarded, balanced)
         self.guard.stream_handlers[name] = handler
+
+    async def _call_unary_protobuf_handler(
+        self, peer_id: PeerID, handle_name: str, request: Any, output_protobuf_type: Any
+    ) -> Any:
+        """Every unary call that goes out, those of the DHT included."""
+        call = super()._call_unary_protobuf_handler
+        door = self.door
+        if door is None or door.is_own(handle_name):
+            return await call(peer_id, handle_name, request, output_protobuf_type)
+        meeting = await door.meet(self, peer_id)
+        try:
+            return await call(peer_id, handle_name, request, output_protobuf_type)
+        except P2PHandlerError as error:
+            if NOT_ADMITTED not in str(error):
+                raise
+        door.forget(str(peer_id), meeting)  # it was started anew; what it refused it has not served
+        await door.meet(self, peer_id)
+        return await call(peer_id, handle_name, request, output_protobuf_type)
+
+    async def call_binary_stream_handler(self, peer_id: PeerID, handler_name: str) -> Any:
+        """Every stream that goes out."""
+        if self.door is not None:
+            await self.door.meet(self, peer_id)
+        return await super().call_binary_stream_handler(peer_id, handler_name)
 
     async def remove_binary_stream_handler(self, name: str) -> None:
         self.guard.stream_handlers.pop(name, None)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from coordinator.admission import Admission
 from coordinator.records import PeerRecord, RecordError, check_times, open_signed
 from coordinator.spec import RunSpec
 
@@ -38,8 +39,9 @@ class Member:
 class Membership:
     """Newest valid heartbeat per peer. Bad ones are dropped, and the log says who and why. Thread-safe."""
 
-    def __init__(self, spec: RunSpec, own_peer_id: str) -> None:
-        self._spec, self._own_peer_id = spec, own_peer_id
+    def __init__(self, spec: RunSpec, own_peer_id: str, admission: Admission | None = None) -> None:
+        """`admission`: of a private run; only those that it lets in are members."""
+        self._spec, self._own_peer_id, self._admission = spec, own_peer_id, admission
         self._lock = threading.Lock()
         self._members: dict[str, Member] = {}
         self._forgotten: dict[str, float] = {}  # peer id -> instant up to which its heartbeats do not count
@@ -56,6 +58,8 @@ class Membership:
             if record.run != self._spec.digest:
                 raise RecordError("of another run")
             check_times(record, now=now, lease_seconds=self._spec.lease_seconds)
+            if self._admission is not None:
+                self._admission.admit(author, record.credential)
         except RecordError as error:
             self._complain(claimed_by or "a peer", str(error))
             return None

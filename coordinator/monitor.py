@@ -15,7 +15,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from coordinator.cli import Parser, positive, run_main
+from coordinator.cli import (
+    Parser,
+    add_invite_argument,
+    positive,
+    run_main,
+    trusted_digest,
+    with_invite,
+)
 from coordinator.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,8 +48,8 @@ reach the port can read them: there is no password.
 
 exit codes:
   0  as planned (--once, --max-seconds)    5    the network: no entry point answers, p2p daemon dead
-  1  an error without a code               130  Ctrl-C
-  2  wrong flags, port or run              143  SIGTERM
+  1  an error without a code               7    a private run, and no valid credential
+  2  wrong flags, port or run              130  Ctrl-C, 143 SIGTERM
 """
 
 
@@ -53,13 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m coordinator.monitor",
-        usage="python -m coordinator.monitor --initial-peers ADDR [ADDR ...] [option ...]",
+        usage="python -m coordinator.monitor (--initial-peers ADDR ... | --invite STRING) [option ...]",
         description="Watch a run: peers, rounds, shared scores, who was dropped and why.",
         epilog=EPILOG,
     )
     parser.add_argument(
-        "--initial-peers", nargs="+", required=True, metavar="ADDR", help="address of any peer of the swarm"
+        "--initial-peers", nargs="+", default=[], metavar="ADDR", help="address of any peer of the swarm"
     )
+    add_invite_argument(parser)
     parser.add_argument(
         "--run", metavar="DIGEST", help="the run to watch (64 hex digits); default: ask the entry point"
     )
@@ -75,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="key to watch with (default: a new one, thrown away at the end)",
     )
     _add_output_arguments(parser)
-    args = parser.parse(argv)
+    args = with_invite(parser.parse(argv))
     _check(args)
     return args
 
@@ -107,6 +115,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UsageError."""
+    if not args.initial_peers:
+        raise UsageError("give --initial-peers ADDR, or for a private run --invite STRING")
     if args.web is not None and not 0 <= args.web <= 65535:
         raise UsageError(f"--web {args.web}: a port is a number from 0 to 65535")
     if args.web_host is not None and args.web is None:
@@ -121,7 +131,6 @@ def _monitor(args: argparse.Namespace) -> int:
     # Imported after the flags are read: hivemind takes seconds, --help should not.
     from coordinator.web import Latest, WebServer
     from peer.display import claim_stdout, setup_logging
-    from peer.join import _digest as trusted_digest
     from peer.stopping import StopRequested, StopSwitch
 
     setup_logging(args.log_level, args.log_file)
@@ -176,13 +185,16 @@ def _observing(args: argparse.Namespace, digest: str | None, stop: StopSwitch) -
 def _enter(
     stack: ExitStack, args: argparse.Namespace, digest: str | None, folder: Path
 ) -> tuple[Network, RunSpec]:
-    """The way in: an entry point and the spec of its run. (What an invite opens is opened here.)"""
+    """The way in: an entry point, and the spec of its run."""
+    from coordinator.admission import admission_of
     from coordinator.identity import load_identity
     from coordinator.network import Network, NetworkConfig
     from peer.genesis import ask_spec
 
+    identity = load_identity(args.identity_path or folder / "monitor.key")
     config = NetworkConfig(
-        identity=load_identity(args.identity_path or folder / "monitor.key"),
+        identity=identity,
+        admission=admission_of(None, args.invite, identity, None),
         host_maddrs=("/ip4/127.0.0.1/tcp/0",),  # it listens nowhere; so no port is mapped at a router either
         initial_peers=tuple(args.initial_peers),
         listens=False,

@@ -34,6 +34,8 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerErr
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
+from coordinator.admission import NOT_ADMITTED, Admission
+from coordinator.door import Door
 from coordinator.errors import NetworkError, UsageError
 from coordinator.guard import Guard, GuardedP2P, guard_dht
 from coordinator.identity import Identity
@@ -83,6 +85,10 @@ class PeerUnreachable(NetworkError):
         self.peer_id = peer_id
 
 
+class PeerRefuses(PeerUnreachable):
+    """It is there, in a private run, and does not let this peer in; or this peer does not let it in."""
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     identity: Identity
@@ -99,6 +105,7 @@ class NetworkConfig:
     reachability: Literal["unknown", "public", "private"] = "unknown"
     max_upload_bytes_per_second: float | None = None  # None: as fast as the line takes it
     startup_timeout_seconds: float = 60.0  # p2pd needs up to 15 s on a loaded machine
+    admission: Admission | None = None  # of a private run; its own to this network
 
 
 @dataclass
@@ -172,8 +179,12 @@ class Network:
         self._loop = DaemonLoop(self._janitor)
         self._thread = threading.Thread(target=self._run_loop, name="network", daemon=True)
         self._tasks: set[asyncio.Task[Any]] = set()  # asyncio itself keeps no strong reference
-        self._guard = Guard()
+        self.admission = config.admission
+        self._door = None if self.admission is None else Door(self.admission, RPC_NAMESPACE, record)
+        self._guard = Guard(admission=self.admission)
         self._guard.on_refusal = self._refused
+        if self.admission is not None:
+            self.admission.on_revoked(self._disconnect)
         self._rpc = _PeerRpc(self._unary, self._streams, record, self.throttle)
         self._p2p: GuardedP2P | None = None
         self._node: DHTNode | None = None
@@ -320,7 +331,7 @@ class Network:
         try:
             reply = await asyncio.wait_for(stub.rpc_call(request), timeout_seconds)
         except _CALL_ERRORS as error:
-            raise PeerUnreachable(peer_id, _reason(error, timeout_seconds)) from error
+            raise _unreachable(peer_id, error, timeout_seconds) from error
         if len(reply.value) > MAX_REPLY_BYTES:
             raise PeerUnreachable(peer_id, f"replied with {len(reply.value)} bytes")
         return bytes(reply.value)
@@ -344,7 +355,7 @@ class Network:
                     return
                 yield bytes(part.value)
         except _CALL_ERRORS as error:
-            raise PeerUnreachable(peer_id, _reason(error, timeout_seconds)) from error
+            raise _unreachable(peer_id, error, timeout_seconds) from error
 
     async def addresses(self) -> list[str]:
         """Multiaddresses under which others reach this peer, loopback ones last."""
@@ -417,10 +428,15 @@ class Network:
         self._reached = await self._dial_entry_points()
         for address in self._reached:
             self.remember(_split_address(address)[1], [address])
-        await self._rpc.add_p2p_handlers(self._p2p, namespace=RPC_NAMESPACE)
+        await self._add_handlers()
         self._port = await self._listening_port()
         self.create_task(self._watch_daemon())
         self.create_task(self._keep_reaching())
+
+    async def _add_handlers(self) -> None:
+        await self._rpc.add_p2p_handlers(self.p2p, namespace=RPC_NAMESPACE)
+        if self._door is not None:
+            await self._door.open(self.p2p)
 
     async def _start_daemon(self, host_maddrs: Sequence[str]) -> GuardedP2P:
         """Raises NetworkError."""
@@ -434,6 +450,7 @@ class Network:
             return await GuardedP2P.guarded(
                 self._guard,
                 folder,
+                self._door,
                 host_maddrs=list(host_maddrs),
                 announce_maddrs=list(config.announce_maddrs) or None,
                 identity_path=str(config.identity.path),
@@ -554,7 +571,7 @@ class Network:
 
     async def _reconnect(self) -> None:
         """Handlers, connections and DHT node of the old daemon, in the new one."""
-        await self._rpc.add_p2p_handlers(self.p2p, namespace=RPC_NAMESPACE)
+        await self._add_handlers()
         present = self.p2p._client.control.handlers
         for name, handler in list(self._guard.stream_handlers.items()):
             if name not in present:
@@ -619,6 +636,17 @@ class Network:
             task.cancel()
         await asyncio.wait(leftover, timeout=2.0) if leftover else None
         self._rpc.end_answers()
+
+    def _disconnect(self, peer_ids: frozenset[str]) -> None:
+        """From any thread; when the network is closed there is nobody to disconnect."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._disconnect_now, peer_ids)
+
+    def _disconnect_now(self, peer_ids: frozenset[str]) -> None:
+        for peer_id in peer_ids:
+            self._known.pop(peer_id, None)
+            if self._p2p is not None and peer_id != self.peer_id:
+                self._guard.disconnect(self._p2p, peer_id)
 
     def _refused(self, peer_id: str, name: str, why: bytes) -> None:
         report(self.record, "refusal", name, peer_id, why)
@@ -720,6 +748,12 @@ def _parse_request(data: bytes) -> tuple[str, Any]:
     if not isinstance(request, dict) or set(request) != {"method", "body"}:
         raise RecordError("a request holds method and body")
     return str(request["method"]), request["body"]
+
+
+def _unreachable(peer_id: str, error: BaseException, timeout_seconds: float) -> PeerUnreachable:
+    if isinstance(error, P2PHandlerError) and NOT_ADMITTED in str(error):
+        return PeerRefuses(peer_id, str(error)[str(error).index(NOT_ADMITTED) :][:200])
+    return PeerUnreachable(peer_id, _reason(error, timeout_seconds))
 
 
 def _reason(error: BaseException, timeout_seconds: float) -> str:

@@ -33,7 +33,7 @@ class Observer:
 
     def __init__(self, network: Network, spec: RunSpec) -> None:
         self._network, self._chain = network, Chain(spec)
-        self._membership = Membership(spec, network.peer_id)
+        self._membership = Membership(spec, network.peer_id, network.admission)
         self._board = Board(network, spec.digest)
         self._scores = ScoreHistory()
         pace = Pace(spec.lease_seconds)
@@ -45,7 +45,7 @@ class Observer:
 
     def start(self) -> None:
         """Raises NetworkError."""
-        validator = BoardValidator(self._chain.spec.digest)
+        validator = BoardValidator(self._chain.spec.digest, admission=self._network.admission)
         self._network.run(self._network.start_dht(validator), timeout_seconds=START_SECONDS)
 
     def look(self, check: Callable[[], None] = lambda: None) -> Overview:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from coordinator.admission import Admission
 from coordinator.board import Board
 from coordinator.errors import NetworkError
 from coordinator.identity import Identity
@@ -44,6 +45,16 @@ class Presence:
             await self._board.read_into(self._membership)
         except NetworkError as error:
             logger.warning("could not read the board: %s", error)
+
+    async def keep_spreading_revocations(self, admission: Admission) -> None:
+        """By way of the DHT, for who was away when they were told."""
+        while True:
+            await asyncio.sleep(self._lease_seconds / 3)
+            try:
+                await self._board.publish_revocations(admission)
+                await self._board.read_revocations(admission)
+            except NetworkError as error:
+                logger.info("the revocations could not be looked at: %s", error)
 
     async def publish(self) -> None:
         record = self._heartbeat()

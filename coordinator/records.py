@@ -27,6 +27,8 @@ MAX_CLOCK_SKEW_SECONDS = 10.0
 GENESIS = "0" * 64  # the hash of the commit before the first
 MAX_MISSING_RANGES = 256  # per contribution
 MAX_REASON_CHARS = 200
+MAX_NAME_CHARS = 40
+MAX_REVOKED = 128  # keys of a run that its organizer takes back: all of them fit into one record of the DHT
 
 PeerIdText = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
 HashText = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -58,6 +60,42 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
+class Certificate(Record):
+    """Whom the organizer of a private run lets in: the holder of a key, until an instant."""
+
+    kind: Literal["certificate"] = "certificate"
+    run: HashText
+    role: Literal["peer", "invite"]  # the key is a peer's own, or an invite's, whose holder vouches for peers
+    key: PeerIdText  # Ed25519, written as a peer id
+    name: Annotated[str, Field(max_length=MAX_NAME_CHARS)] = ""  # the organizer's note, for people
+    expires_at: Instant
+
+
+class Vouching(Record):
+    """What the holder of an invite signs with the invite's key, once, for its own peer id."""
+
+    kind: Literal["vouching"] = "vouching"
+    run: HashText
+    peer: PeerIdText
+
+
+class Credential(Record):
+    """What a peer of a private run shows: organizer -> key -> peer. Only that peer can use it: no secret."""
+
+    certificate: Certificate
+    signature: SignatureText  # of the organizer over the certificate
+    vouching: SignatureText = ""  # of an invite's key; empty where the certified key is the peer's own
+
+
+class Revocations(Record):
+    """Which keys the organizer has taken back; the highest version counts."""
+
+    kind: Literal["revocations"] = "revocations"
+    run: HashText
+    version: Annotated[int, Field(ge=1, le=2**53)]
+    keys: Annotated[list[PeerIdText], Field(max_length=MAX_REVOKED)]  # of invites and of peers
+
+
 class PeerRecord(Record):
     """A peer's heartbeat: where it stands. Its author is the signer of the envelope."""
 
@@ -72,6 +110,7 @@ class PeerRecord(Record):
     addresses: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=8)] = []
     about: AboutPeer | None = None  # for people who watch; see coordinator/monitor.py
     resigned: OptionalHash = ""  # hash of the commit in whose next round it does not vote, whatever it does
+    credential: Credential | None = None  # of a private run
     issued_at: Instant
     expires_at: Instant
 

@@ -30,6 +30,8 @@ LeaseSeconds = Annotated[float, Field(ge=5, le=3600, allow_inf_nan=False)]
 MaxWeight = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**53)]  # bounded, so that it converts to a float
 Aggregation = Literal["mean", "clipped_mean", "trimmed_mean", "median", "centered_clipping"]
+# An Ed25519 key, written as libp2p writes the peer id of its holder.
+OrganizerId = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
 
 
@@ -71,6 +73,7 @@ class RunSpec(_Frozen):
     exchange_limit_seconds: PositiveSeconds = 600.0  # of one all-reduce, however slow a member may be
     audit_parts: Annotated[int, Field(ge=0, le=64)] = 2  # that each member computes again after a round
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    organizer: OrganizerId | None = None  # whose invites let a peer in; None: a public run
 
     @field_validator("files")
     @classmethod
@@ -97,7 +100,10 @@ class RunSpec(_Frozen):
         return self
 
     def canonical(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        values = self.model_dump(mode="json")
+        if self.organizer is None:  # the digest of a public run is as it was before there were private ones
+            del values["organizer"]
+        return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def digest(self) -> str:

@@ -18,6 +18,7 @@ from coordinator.cli import (
     Parser,
     add_network_arguments,
     add_output_arguments,
+    add_private_arguments,
     add_run_arguments,
     default_run_name,
     positive,
@@ -26,6 +27,7 @@ from coordinator.cli import (
     spec_options,
 )
 from coordinator.errors import UsageError
+from coordinator.organizer import load_organizer
 
 EPILOG = f"""examples:
   python -m coordinator.start --model ./my-encoder --rounds 10 --round-examples 2000
@@ -54,6 +56,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: the name of the run")
     parser.add_argument("--max-seconds", type=positive, metavar="S", help="stop serving after this time")
     add_network_arguments(parser)
+    add_private_arguments(parser)
     add_output_arguments(parser)
     return parser.parse(argv)
 
@@ -78,6 +81,7 @@ def _start(args: argparse.Namespace) -> int:
             host_maddrs=tuple(args.host_maddrs),
             announce_maddrs=tuple(args.announce_maddrs),
             reachability=args.reachability,
+            organizer_key=args.organizer_key,
             reporter=reporter,
             stop=stop,
         ).serve()
@@ -91,6 +95,8 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     for key, flag in (("model", args.model), ("revision", args.revision)):
         if flag is not None:
             values[key] = flag
+    if args.private:
+        values["organizer"] = load_organizer(args.organizer_key).peer_id
     if "model" not in values:
         stored = args.output_dir / "run.toml" if args.output_dir else None
         if stored is None or not stored.exists():
@@ -109,6 +115,8 @@ def _explicit(args: argparse.Namespace) -> dict[str, Any]:
     changed = {key: value for key, value in said.items() if implied.get(key) != value and key != "created_at"}
     if args.model is not None:
         changed["model"] = args.model
+    if args.private:
+        changed["organizer"] = load_organizer(args.organizer_key).peer_id
     return changed
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from coordinator.credentials import Invite
+from coordinator.organizer import default_key_path
 from peer.data import DataConfig
 from peer.finetune import FinetuneConfig
 
@@ -19,6 +21,8 @@ class PeerConfig:
     finetune: FinetuneConfig = FinetuneConfig()  # how to train on them
     initial_peers: tuple[str, ...] = ()  # entry points; empty: begin a swarm, or resume
     run_digest: str | None = None  # the run to trust; None: ask the entry point
+    invite: Invite | None = None  # of a private run
+    organizer_key: Path = field(default_factory=default_key_path)  # of a private run that begins here
     identity_path: Path | None = None  # None: identity.key in output_dir
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)  # where to listen
     listens: bool = True  # False: takes no connections, only makes them

@@ -5,7 +5,8 @@ are stable: keys may be added, none is renamed or dropped without a new major ve
 are JSON integers, durations seconds, sizes bytes, hashes hexadecimal; what was not measured is null.
 
     {"event": "started", "initial_peers": [address, ...], "spec_digest": hash}
-        a run began here: others enter through these addresses
+        a run began here: others enter through these addresses; of a private run also "invite", the string
+        that lets in whoever holds it (empty where the organizer's key is not at hand)
     {"event": "joined", "peer_id": str, "initial_peers": [address, ...], "round": int}
         this peer is a member; others reach it under these addresses
     {"event": "caught_up", "round": int, "state_hash": hash, "seconds": float, "size_bytes": int}
@@ -98,10 +99,19 @@ class Reporter:
         self._last_alone: int | None = None
         self._progress: Progress | None = None
 
-    def started(self, initial_peers: Sequence[str], spec_digest: str) -> None:
-        if self._emit("started", initial_peers=list(initial_peers), spec_digest=spec_digest):
+    def started(self, initial_peers: Sequence[str], spec_digest: str, *, invite: str | None = None) -> None:
+        """`invite`: of a private run; empty: its organizer's key is not here."""
+        extra = {} if invite is None else {"invite": invite}
+        if self._emit("started", initial_peers=list(initial_peers), spec_digest=spec_digest, **extra):
             return
         self._print(f"run {clean(spec_digest)}")
+        if invite is not None:
+            self._print("the run is private: others join with an invite of its organizer")
+            if invite:
+                self._print(f"  python -m peer.join --invite {clean(invite)} --data FILE --output-dir DIR")
+                self._print("this one lets in whoever holds it, for 30 days: send it by a private way")
+            self._print("more of them, for one peer, or revoked: python -m coordinator.invite --help")
+            return
         self._print("others join with")
         self._print(
             f"  python -m peer.join --initial-peers {_addresses(initial_peers)} --run {clean(spec_digest)}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
-from coordinator.cli import Parser, default_run_name, run_main, spec_options
+from coordinator.cli import Parser, default_run_name, run_main, spec_options, with_invite
 from coordinator.errors import EXIT_TERMINATED, SwarmError, UsageError
 from peer.join import add_join_arguments, make_config
 
@@ -53,7 +53,8 @@ with --json: one object per line, {"check", "status", "message", "fix", "figures
 
 exit codes:
   0  all ok                     2  failures (and wrong flags): it will not work like this
-  1  warnings: it works, read them   130 Ctrl-C, 143 SIGTERM
+  1  warnings: it works, read them   7  the invite is malformed or forged
+  130 Ctrl-C, 143 SIGTERM
 """
 LOCAL_SECONDS = 10.0  # deadlines of the checks; each is a failure of its own when it passes
 DATA_SECONDS = 30.0
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     add_join_arguments(parser, needs_output_dir=False)
-    return parser.parse(argv)
+    return with_invite(parser.parse(argv))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from coordinator.errors import ModelError, NetworkError, SpecError
-from coordinator.network import Network, PeerUnreachable
+from coordinator.errors import AccessError, ModelError, NetworkError, SpecError
+from coordinator.network import Network, PeerRefuses, PeerUnreachable
 from coordinator.outgoing import About
 from coordinator.records import RecordError, parse_json
 from coordinator.spec import MAX_SPEC_BYTES, RunSpec, parse_spec, validate_spec
@@ -159,9 +159,10 @@ def about_chunk(manifest: StateManifest, start: int, stop: int) -> About:
 def ask_spec(network: Network, peer_ids: Sequence[str], digest: str | None) -> RunSpec:
     """The spec from the first entry point that gives a valid one; with `digest`, the first of that run.
 
-    Raises SpecError when there are only others, NetworkError when nobody answers.
+    Raises SpecError when there are only others, NetworkError when nobody answers, AccessError when a private
+    run does not let this peer in.
     """
-    refused: SpecError | None = None
+    refused: SpecError | AccessError | None = None
     for peer_id in peer_ids:
         try:
             reply = network.run(
@@ -170,6 +171,9 @@ def ask_spec(network: Network, peer_ids: Sequence[str], digest: str | None) -> R
                 ),
                 timeout_seconds=(NUM_ATTEMPTS + 1) * CALL_TIMEOUT_SECONDS,
             )
+        except PeerRefuses as error:
+            refused = AccessError(f"{error}; ask the organizer of the run for an invite: --invite STRING")
+            continue
         except PeerUnreachable as error:
             logger.warning("no run spec from an entry point: %s", error)
             continue

@@ -15,16 +15,21 @@ from typing import TYPE_CHECKING, Any
 from coordinator.cli import (
     EXIT_CODES,
     Parser,
+    add_invite_argument,
     add_network_arguments,
     add_output_arguments,
+    add_private_arguments,
     add_run_arguments,
     default_run_name,
     positive,
     positive_int,
     run_main,
     spec_options,
+    trusted_digest,
+    with_invite,
 )
 from coordinator.errors import UsageError
+from coordinator.organizer import load_organizer
 
 if TYPE_CHECKING:
     from coordinator.spec import RunSpec
@@ -44,6 +49,8 @@ EPILOG = f"""examples:
   the same, with sentence pairs and a separate file to validate on:
     python -m peer.join --initial-peers ADDR --data train.jsonl --validation-data dev.jsonl \\
         --text-column premise --text-pair-column hypothesis --label-column label --output-dir mine
+  a private swarm, with the string that its organizer sent you:
+    python -m peer.join --invite STRING --data reviews.csv --output-dir mine
   begin a swarm; others join through the address that it prints:
     python -m peer.join --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv --output-dir mine
   go on after a stop, a crash or a power cut: the same command again.
@@ -70,7 +77,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     add_join_arguments(parser)
-    return parser.parse(argv)
+    args = with_invite(parser.parse(argv))
+    if args.private and args.initial_peers:
+        raise UsageError("--private begins a run; to join one that is private, give --invite STRING alone")
+    return args
 
 
 def add_join_arguments(parser: argparse.ArgumentParser, *, needs_output_dir: bool = True) -> None:
@@ -82,6 +92,7 @@ def add_join_arguments(parser: argparse.ArgumentParser, *, needs_output_dir: boo
         metavar="ADDR",
         help="address of any peer of the swarm; none: begin a swarm",
     )
+    add_invite_argument(parser)
     parser.add_argument(
         "--run",
         metavar="DIGEST",
@@ -119,6 +130,7 @@ def add_join_arguments(parser: argparse.ArgumentParser, *, needs_output_dir: boo
         action="store_true",
         help="take no connections, only make them; with --reachability private others come by relay",
     )
+    add_private_arguments(parser)
     add_output_arguments(parser)
     add_run_arguments(
         parser, title="a new run (without --initial-peers); --rounds N also with them: leave after N rounds"
@@ -323,7 +335,9 @@ def make_config(args: argparse.Namespace) -> PeerConfig:
         data=data,
         finetune=FinetuneConfig(**chosen),
         initial_peers=tuple(args.initial_peers),
-        run_digest=_digest(args.run),
+        run_digest=trusted_digest(args.run),
+        invite=args.invite,
+        organizer_key=args.organizer_key,
         identity_path=args.identity_path,
         host_maddrs=tuple(args.host_maddrs),
         listens=not args.no_listen,
@@ -343,6 +357,7 @@ def make_config(args: argparse.Namespace) -> PeerConfig:
 
 def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter, stop: StopSwitch) -> None:
     """What `peer.doctor` looks at and takes a second. Raises SwarmError; warnings are told and it goes on."""
+    from coordinator.admission import CREDENTIAL_NAME
     from coordinator.spec import load_spec
     from peer.checkup import judge_clock, raise_failure
     from peer.ledger_file import LEDGER_NAME, Ledger
@@ -351,13 +366,14 @@ def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter,
     from peer.swarm_probes import glance
 
     clocks: list[ClockSample] = []
-    if spec is None and config.initial_peers:
+    is_member = config.invite is None and (config.output_dir / CREDENTIAL_NAME).exists()
+    if spec is None and config.initial_peers and not is_member:
         try:
             with Ledger(config.output_dir / LEDGER_NAME) as ledger:
                 spec, clocks = glance(config, stop.check, ledger.sent)
         except StopRequested:
             return  # the session stops in order
-    elif spec is None:
+    elif spec is None and (config.output_dir / "run.toml").exists():
         spec = load_spec(config.output_dir / "run.toml")
     checks = [*quick_checks(config, spec), *([judge_clock(clocks)] if clocks else [])]
     raise_failure(checks)
@@ -378,20 +394,14 @@ def _upload_rate(mbps: float | None) -> float | None:
     return mbps * 1e6 / 8
 
 
-def _digest(text: str | None) -> str | None:
-    if text is not None and (len(text) != 64 or set(text) - set("0123456789abcdef")):
-        raise UsageError(
-            f"--run {text[:80]}: a digest has 64 hexadecimal digits, as the entry point printed them"
-        )
-    return text
-
-
 def _begin_run(
     args: argparse.Namespace, config: PeerConfig, store: Any
 ) -> tuple[RunSpec | None, State | None]:
     """The spec and the first state of a new run; (None, None) when there is one to join or to resume."""
     from peer.genesis import make_run
 
+    if args.private and store.run_digest is not None:
+        _check_private(config)
     if config.initial_peers or store.run_digest is not None:
         return None, None
     if args.model is None:
@@ -400,7 +410,20 @@ def _begin_run(
         )
     options = spec_options(args, seed=args.seed)
     options.setdefault("run_name", default_run_name(args.model))
+    if args.private:
+        options["organizer"] = load_organizer(args.organizer_key).peer_id
     return make_run(args.model, args.revision, options, config.output_dir / "base")
+
+
+def _check_private(config: PeerConfig) -> None:
+    """Raises UsageError rather than go on with an open run as if it were private."""
+    from coordinator.spec import load_spec
+
+    if load_spec(config.output_dir / "run.toml").organizer is None:
+        raise UsageError(
+            f"{config.output_dir} holds a public run, and a run's spec is frozen; "
+            "choose another --output-dir for a private one"
+        )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from coordinator.admission import admission_of, check_own
 from coordinator.agreement import Agreement
 from coordinator.board import BoardValidator
 from coordinator.chain import Chain
 from coordinator.errors import SpecError, UsageError
 from coordinator.identity import load_identity
 from coordinator.network import Network, NetworkConfig
+from coordinator.organizer import first_invite
 from coordinator.spec import RunSpec, load_spec
 from peer.config import Reachability
 from peer.display import Reporter
@@ -39,6 +41,7 @@ class EntryPoint:
         host_maddrs: tuple[str, ...],
         announce_maddrs: tuple[str, ...],
         reachability: Reachability,
+        organizer_key: Path,
         reporter: Reporter,
         stop: StopSwitch,
     ) -> None:
@@ -47,6 +50,7 @@ class EntryPoint:
         self._dir, self._values, self._explicit = output_dir, values, explicit
         self._identity_path, self._reporter, self._stop = identity_path, reporter, stop
         self._maddrs, self._reachability = (host_maddrs, announce_maddrs), reachability
+        self._organizer_key = organizer_key
 
     def serve(self) -> None:
         """Until told to stop, or until the run is over. Raises SwarmError."""
@@ -54,20 +58,25 @@ class EntryPoint:
             recover_directory(self._dir / "base")
             spec, state = self._open_run()
             identity = load_identity(self._identity_path)
+            admission = admission_of(spec, None, identity, self._dir, self._organizer_key)
             config = NetworkConfig(
                 identity,
                 host_maddrs=self._maddrs[0],
                 announce_maddrs=self._maddrs[1],
                 reachability=self._reachability,
+                admission=admission,
             )
             with Ledger(self._dir / LEDGER_NAME) as ledger, Network(config, ledger.sent) as network:
                 ledger.know(spec.digest, state.manifest.layout)
                 agreement = Agreement(network, identity, Chain(spec), serves_only=True)
                 find = {state.state_hash: state}.get
                 serve_run(network, spec, self._dir / "base", find)
-                network.run(network.start_dht(BoardValidator(spec.digest)), timeout_seconds=60.0)
+                validator = BoardValidator(spec.digest, admission=admission)
+                network.run(network.start_dht(validator), timeout_seconds=60.0)
                 network.run(agreement.start(), timeout_seconds=15.0)
-                self._reporter.started(network.run(network.addresses(), timeout_seconds=15.0), spec.digest)
+                addresses = network.run(network.addresses(), timeout_seconds=15.0)
+                invite = first_invite(spec, self._organizer_key, addresses, self._dir)
+                self._reporter.started(addresses, spec.digest, invite=invite)
                 try:
                     reason = self._watch(network, agreement)
                 except StopRequested as stopped:
@@ -79,6 +88,8 @@ class EntryPoint:
         """Follow the chain, telling which rounds are committed; returns when the run is over."""
         while True:
             self._stop.wait(WATCH_SECONDS)
+            if network.admission is not None:
+                check_own(network.admission)
             found = network.run(agreement.better_chain(), timeout_seconds=60.0)
             if found is not None:
                 chain = found[0]

@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 
+from coordinator.admission import admission_of, check_own
 from coordinator.agreement import Agreement, Committed, Fused, Group, LeftAlone, Overtaken
 from coordinator.board import BoardValidator
 from coordinator.chain import Chain, build_chain
-from coordinator.errors import NetworkError, SpecError, StateError, SwarmError, UsageError
+from coordinator.errors import AccessError, NetworkError, SpecError, StateError, SwarmError, UsageError
 from coordinator.identity import load_identity
 from coordinator.network import Network, NetworkConfig
+from coordinator.organizer import first_invite
 from coordinator.records import Promise, RecordError, SignedCommit, parse_json, parse_record
 from coordinator.rounds import CatchUp, Finetune, Stop, trains_on
 from coordinator.spec import RunSpec, load_spec
@@ -156,6 +158,8 @@ class Session:
         checkpoint = self._store.load()
         if spec is None and (self._dir / "run.toml").exists() and checkpoint is not None:
             spec = load_spec(self._dir / "run.toml")
+        identity, organizer_key = load_identity(self._config.identity_file), self._config.organizer_key
+        self._admission = admission_of(spec, self._config.invite, identity, self._dir, organizer_key)
         with (
             Ledger(self._dir / LEDGER_NAME) as self._ledger,
             Network(self._network_config(), self._about.counting(self._ledger.sent)) as self._network,
@@ -166,6 +170,10 @@ class Session:
             except StopRequested as stopped:
                 reason = str(stopped)
                 self._save_checkpoint_if_entered()
+            except AccessError:  # a private run does not let me in any more
+                self._save_checkpoint_if_entered()
+                self._say_goodbye()
+                raise
             self._leave()
         self._reporter.stopped(self._round if self._is_connected else 0, reason)
         return reason
@@ -183,6 +191,7 @@ class Session:
             initial_peers=config.initial_peers,
             remembered_peers=_load_addresses(self._dir / "known_peers.json"),
             max_upload_bytes_per_second=config.max_upload_bytes_per_second,
+            admission=self._admission,
         )
 
     def _enter(self, spec: RunSpec | None, first_state: State | None, checkpoint: Checkpoint | None) -> None:
@@ -209,7 +218,8 @@ class Session:
             chain=lambda: self._agreement.chain,
         )
         serve_run(self._network, spec, self._dir / "base", self._find_state, self._audit.open_evidence)
-        self._in_network(self._network.start_dht(BoardValidator(spec.digest)), seconds=60.0)
+        validator = BoardValidator(spec.digest, admission=self._admission)
+        self._in_network(self._network.start_dht(validator), seconds=60.0)
         self._allreduce = AllReduceService(self._network, identity, spec.digest)
         self._in_network(self._allreduce.start())
         self._network.on_restart(self._allreduce.start)
@@ -222,7 +232,8 @@ class Session:
         self._is_entered = True
         addresses = self._in_network(self._network.addresses())
         if not self._config.initial_peers:
-            self._reporter.started(addresses, spec.digest)
+            invite = first_invite(spec, self._config.organizer_key, addresses, self._dir)
+            self._reporter.started(addresses, spec.digest, invite=invite)
         self._reporter.joined(self._network.peer_id, addresses, self._round)
         self._save_checkpoint_if_entered()
 
@@ -317,6 +328,7 @@ class Session:
         while True:
             self._stop.check()
             self._check_daemon()
+            self._check_admission(within_seconds=self.spec.lease_seconds)
             if self._rounds_left is not None and self._rounds_left <= 0:
                 return f"took part in {self._config.num_rounds} rounds"
             if self._is_rejected:
@@ -430,6 +442,7 @@ class Session:
             self._stop.is_set
             or self._is_rejected
             or agreement.is_overtaken
+            or (self._admission is not None and self._admission.problem() is not None)
             or Network.now() >= agreement.training_deadline()
         ):
             return True
@@ -559,6 +572,7 @@ class Session:
                     raise
                 self._stop.check()
                 self._check_daemon()
+                self._check_admission()
                 if self._is_rejected:
                     return Overtaken()
 
@@ -875,6 +889,14 @@ class Session:
         except SwarmError as error:
             logger.warning("could not say goodbye: %s", error)
 
+    def _say_goodbye(self) -> None:
+        """Without lingering: nobody may ask me any more."""
+        if self._is_connected:
+            try:
+                self._in_network(self._agreement.leave())
+            except (SwarmError, StopRequested) as error:
+                logger.info("could not say goodbye: %s", error)
+
     def _is_needed(self) -> bool:
         """Whether a live peer of the run has not confirmed my state."""
         tip = self._agreement.chain.tip
@@ -905,6 +927,11 @@ class Session:
 
     def _in_network(self, coroutine: Any, *, seconds: float = SHORT_SECONDS) -> Any:
         return self._network.run(coroutine, timeout_seconds=seconds)
+
+    def _check_admission(self, *, within_seconds: float = 0.0) -> None:
+        """Raises AccessError when the credential for a private run has expired, soon will, or was revoked."""
+        if self._admission is not None:
+            check_own(self._admission, within_seconds=within_seconds)
 
     def _check_daemon(self) -> None:
         if not self._network.is_daemon_alive():

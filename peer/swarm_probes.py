@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.admission import admission_of
 from coordinator.board import BoardValidator, board_key
-from coordinator.errors import NetworkError, SpecError
-from coordinator.identity import load_identity
+from coordinator.errors import AccessError, NetworkError, SpecError
+from coordinator.identity import Identity, load_identity
 from coordinator.membership import CLOCK_DIFFERENCE_SECONDS, TRAINING_PHASES
 from coordinator.network import Network, NetworkConfig, PeerUnreachable
 from coordinator.outgoing import Recorder, ignore
@@ -63,10 +64,15 @@ class ProbeNetwork(Network):
 
 
 def make_network(config: PeerConfig, folder: Path, record: Recorder = ignore) -> ProbeNetwork:
-    """As the peer would have it, but under an identity of its own. Entering it raises NetworkError."""
+    """As the peer would have it, but under an identity of its own. Entering it raises NetworkError.
+
+    Raises AccessError when the invite to a private run is of no use.
+    """
+    identity = _probe_identity(config, folder)
     return ProbeNetwork(
         NetworkConfig(
-            identity=load_identity(folder / "probe.key"),
+            identity=identity,
+            admission=admission_of(None, config.invite, identity, None),
             host_maddrs=config.host_maddrs,
             announce_maddrs=config.announce_maddrs,
             initial_peers=config.initial_peers,
@@ -76,6 +82,16 @@ def make_network(config: PeerConfig, folder: Path, record: Recorder = ignore) ->
         ),
         record,
     )
+
+
+def _probe_identity(config: PeerConfig, folder: Path) -> Identity:
+    """The peer's own where the invite lets in nobody else; it is not made here."""
+    for_peer = config.invite.for_peer if config.invite is not None else None
+    if for_peer is None:
+        return load_identity(folder / "probe.key")
+    if not config.identity_file.is_file():
+        raise AccessError(f"the invite is for the peer {for_peer}: its key is not at {config.identity_file}")
+    return load_identity(config.identity_file)
 
 
 # ---- the run and its members ----------------------------------------------------------------------
@@ -98,7 +114,8 @@ class HeartbeatLog:
         self._newest: dict[str, Heartbeat] = {}
 
     async def start(self) -> None:
-        await self._network.start_dht(BoardValidator(self._spec.digest))
+        validator = BoardValidator(self._spec.digest, admission=self._network.admission)
+        await self._network.start_dht(validator)
 
     async def read_first(self) -> None:
         """Until somebody is seen, for a few seconds. Raises NetworkError."""

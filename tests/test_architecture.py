@@ -19,10 +19,10 @@ PACKAGES = ("coordinator", "peer", "scripts", "tests")
 PRODUCT = ("coordinator", "peer")
 
 COMMANDS = {
-    *("coordinator.cli", "coordinator.start", "coordinator.monitor"),
+    *("coordinator.cli", "coordinator.start", "coordinator.invite", "coordinator.monitor"),
     *("peer.cli", "peer.join", "peer.doctor", "peer.ledger"),
 }
-MAY_IMPORT_HIVEMIND = {f"coordinator.{name}" for name in ("network", "board", "guard", "streams")}
+MAY_IMPORT_HIVEMIND = {f"coordinator.{name}" for name in ("network", "board", "guard", "door", "streams")}
 NETWORK_MODULES = {*MAY_IMPORT_HIVEMIND, "peer.allreduce", "peer.audit"}
 TRAINING_MODULES = {
     *("peer.data", "peer.tables", "peer.tasks", "peer.model", "peer.finetune", "peer.evaluate"),

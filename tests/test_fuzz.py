@@ -7,6 +7,7 @@ makes at least 100,000 in all.
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import string
@@ -23,9 +24,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coordinator import records
+from coordinator.admission import Admission
 from coordinator.board import BoardValidator, board_key
 from coordinator.chain import Chain
-from coordinator.errors import SpecError
+from coordinator.credentials import INVITE_PREFIX, _checksum, make_invite, open_revocations, parse_invite
+from coordinator.errors import AccessError, SpecError
 from coordinator.membership import Membership
 from coordinator.network import _parse_request, is_entry_address
 from coordinator.records import (
@@ -196,6 +199,16 @@ STATE_VALUES = {"layout": LAYOUT.to_json(), "chunks": list(STATE.chunk_hashes)}
 RANGE = {"run": RUN, "key": "state/x", "start": 0, "stop": 10}
 
 
+INVITE = make_invite(identity("a"), RUN, ("/ip4/1.2.3.4/tcp/1/p2p/x",), expires_at=2 * NOW)
+INVITE_BODY = INVITE.to_text().removeprefix(INVITE_PREFIX).rpartition(".")[0]
+INVITE_VALUES = json.loads(base64.urlsafe_b64decode(INVITE_BODY + "=="))
+REVOCATIONS = records.Revocations(run=RUN, version=1, keys=[peer("c")])
+SHOWN = {
+    "credential": INVITE.credential_for(peer("b"), NOW).model_dump(mode="json"),
+    "revocations": signed_bytes(REVOCATIONS.model_dump(mode="json")).decode(),
+}
+
+
 # --- targets
 
 
@@ -309,6 +322,32 @@ def board_entries() -> st.SearchStrategy[tuple[bytes, bytes, float]]:
     return st.tuples(subkeys, values, st.floats())
 
 
+def invite_texts() -> st.SearchStrategy[str]:
+    """Of changed contents under a checksum that fits; and any text."""
+    return messages(INVITE_VALUES).map(invite_text) | _text.map(lambda text: f"{INVITE_PREFIX}{text}") | _text
+
+
+def invite_text(data: bytes) -> str:
+    text = base64.urlsafe_b64encode(data).decode().rstrip("=")
+    return f"{INVITE_PREFIX}{text}.{_checksum(text)}"
+
+
+def take_invite(text: str) -> object:
+    invite = parse_invite(text)
+    return invite.to_text(), invite.credential_for(peer("b"), NOW)
+
+
+def present(data: bytes) -> object:
+    member = Admission(run=RUN, organizer=peer("a"), peer_id=peer("me"), credential=None, now=lambda: NOW)
+    json.loads(member.answer(peer("b"), data))  # whatever is said is answered
+    member.take(peer("b"), data)
+    return member.is_admitted(peer("b")) and member.presented()
+
+
+def take_revocations(data: bytes) -> object:
+    return open_revocations(data, run=RUN, organizer=peer("a"))
+
+
 OWN = (RecordError,)
 TARGETS: dict[str, Target] = {
     "json": Target(_bytes, parse_json, OWN),
@@ -329,6 +368,9 @@ TARGETS: dict[str, Target] = {
     "statement": Target(
         changed(STATEMENT_VALUES).map(signed_bytes) | messages(STATEMENT_VALUES), parse_statement, OWN
     ),
+    "invite": Target(invite_texts(), take_invite, (AccessError,)),
+    "what is said at the door": Target(messages(SHOWN), present, OWN),
+    "revocations": Target(envelopes(REVOCATIONS), take_revocations, OWN),
     "encoded part": Target(encoded_parts(), decode, (ValueError,)),
 }
 
@@ -375,6 +417,9 @@ def test_what_is_valid_is_taken() -> None:
     assert validate((msgpack.packb(peer("a")), value, NOW))
     assert parse_spec(make_spec().to_toml(), source="x").digest == RUN
     assert parse_state_manifest(encode(STATE_VALUES)) == STATE.state_hash
+    assert take_invite(invite_text(encode(INVITE_VALUES)))
+    assert present(encode(SHOWN))
+    assert take_revocations(signed_bytes(REVOCATIONS.model_dump(mode="json")))
     assert parse_request_of_range(encode({"method": "blob", "body": RANGE})) == ("state/x", 0, 10)
     assert parse_manifest_record(signed_bytes(MANIFEST_RECORD.model_dump(mode="json")))
     assert parse_statement(signed_bytes(Statement.model_validate(STATEMENT_VALUES).model_dump(mode="json")))
