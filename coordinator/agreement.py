@@ -45,6 +45,7 @@ from coordinator.ballot import (
 from coordinator.chain import Chain, is_better
 from coordinator.chain_exchange import ChainExchange
 from coordinator.errors import AccessError, RoundError
+from coordinator.gate_votes import GateVotes
 from coordinator.identity import Identity
 from coordinator.membership import TRAINING_PHASES, Member, Membership
 from coordinator.network import Network, PeerUnreachable
@@ -54,6 +55,7 @@ from coordinator.records import (
     MAX_REASON_CHARS,
     Commit,
     Contribution,
+    Exclusion,
     PeerRecord,
     Phase,
     Promise,
@@ -65,6 +67,7 @@ from coordinator.records import (
 )
 from coordinator.roster import Roster
 from coordinator.rounds import (
+    LEFT_OUT,
     NOT_DRAWN,
     Action,
     Alone,
@@ -74,6 +77,7 @@ from coordinator.rounds import (
     Standing,
     Stop,
     Wait,
+    barred_from,
     decide,
     training_deadline,
     trains_on,
@@ -159,10 +163,12 @@ class Agreement:
         obtain: Obtain | None = None,
         holds: Callable[[str], bool] | None = None,
         wants_rollback: Callable[[str], bool] | None = None,
+        leaves_out: Callable[[], tuple[Exclusion, ...]] = tuple,
     ) -> None:
         """`holds`: whether the session has a state at hand, by its hash; by default, if it computed it here.
 
-        `wants_rollback`: whether it agrees to undo the commit of that hash; by default never.
+        `wants_rollback`: whether it agrees to undo the commit of that hash; by default never. `leaves_out`:
+        whom a roll-back of the tip has to name, the same for all who want it; by default nobody.
         """
         self.chain = chain
         self._admission = _admission_of(network, chain)
@@ -179,6 +185,7 @@ class Agreement:
         self._remember, self._obtain = remember, obtain
         self._holds = holds or self._has_computed
         self._wants_rollback = wants_rollback or (lambda _: False)
+        self._leaves_out = leaves_out
         self._voter = Voter(identity, chain, initial_promise, holds=lambda state: self._holds(state))
         # Before a restart it may have begun: signing anew what it says would contradict what I signed then.
         self._accepted_before = "" if initial_promise is None else initial_promise.proposal
@@ -195,6 +202,9 @@ class Agreement:
             self._presence,
             self._bell,
             self._store_promise,
+        )
+        self.gate_votes = GateVotes(
+            network, identity, self.membership, self._presence, lambda: self.chain, self._bell.ring
         )
         self._addresses: list[str] = []
         self._is_fusing = False
@@ -214,6 +224,7 @@ class Agreement:
     async def start(self) -> None:
         for method in ("propose", "begin", "vote", "heartbeat"):
             self._network.on_call(method, getattr(self, f"_on_{method}"))
+        self.gate_votes.start()
         self._roster.listen()
         self._addresses = (await self._network.addresses())[:MAX_ADDRESSES]
         await self._presence.read_board()
@@ -418,7 +429,8 @@ class Agreement:
             self._bell.ring()
 
     async def _wait(self, action: Action) -> None:
-        if isinstance(action, Wait) and action == NOT_DRAWN and not self._roster.has_resigned(self.chain):
+        is_out = isinstance(action, Wait) and action in (NOT_DRAWN, LEFT_OUT)
+        if is_out and not self._roster.has_resigned(self.chain):
             await self._resign()  # the drawn must be able to commit without me
             await self._presence.tell_everybody()
         await self._bell.rung(POLL_SECONDS)
@@ -504,6 +516,7 @@ class Agreement:
             attempt=self._attempt,
             previous=self.chain.tip,
             members=[own, *(member.signed for member in members)],
+            excluded=list(self._leaves_out()),
             electorate=sorted(self._roster.expected(self.chain)),
             reason=reason[:MAX_REASON_CHARS],
             proposed_at=self._network.now(),
@@ -539,6 +552,8 @@ class Agreement:
             now=self._network.now(),
             attempt=self._attempt,
             wants_rollback=bool(self.chain.commits) and self._wants_rollback(self.chain.tip),
+            leaves_out=self._leaves_out(),
+            barred=barred_from(self.chain, self._identity.peer_id, self._roster.candidates()),
         )
 
     # one attempt

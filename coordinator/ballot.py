@@ -89,6 +89,8 @@ class View:
     now: float  # DHT time
     attempt: int = 0  # the one that it would try next
     wants_rollback: bool = False  # whether it agrees to a roll-back of the chain's last commit
+    leaves_out: tuple[Exclusion, ...] = ()  # whom such a roll-back has to name
+    barred: frozenset[str] = frozenset()  # whom it takes into no group, because of an earlier roll-back
 
 
 @dataclass(frozen=True)
@@ -280,8 +282,11 @@ def check_proposal(author: str, proposal: Proposal, view: View, own_peer_id: str
         is_here = record.run == proposal.run and record.commit == chain.tip
         if not is_here or not _takes_part(proposal, record.phase):
             raise RecordError(f"{peer[-8:]} is not ready for this round")
-    if members.keys() & {exclusion.peer for exclusion in proposal.excluded}:
+    is_fusion = proposal.purpose == "fuse"  # in a vote on a roll-back everybody takes part
+    if is_fusion and members.keys() & {exclusion.peer for exclusion in proposal.excluded}:
         raise RecordError("somebody is in the group who is excluded from it")
+    if is_fusion and members.keys() & view.barred:
+        raise RecordError("somebody is in the group whom a roll-back has left out")
     electorate = set(proposal.electorate)
     if electorate & chain.cohort and not electorate <= chain.cohort:
         raise RecordError("the electorate mixes the previous round's peers with others")
@@ -298,6 +303,8 @@ def _takes_part(proposal: Proposal, phase: Phase) -> bool:
 def _check_rollback(proposal: Proposal, view: View) -> None:
     if not view.wants_rollback:
         raise RecordError("I see no reason for a roll-back")
+    if tuple(proposal.excluded) != view.leaves_out:
+        raise RecordError("I would leave out another one after the roll-back")
     verify_value(rollback_commit(proposal, view.chain), view.chain)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from coordinator.records import GENESIS, Commit, Contribution, RecordError, SignedCommit, is_signature_of
 from coordinator.spec import RunSpec
@@ -44,6 +45,32 @@ class Chain:
     @property
     def is_rolled_back(self) -> bool:
         return bool(self.commits) and self.commits[-1].commit.kind == "rollback"
+
+    @property
+    def num_rollbacks(self) -> int:
+        """In a row: how often what followed one and the same state was undone."""
+        number, standing = 0, self.round
+        while standing > 1 and self.commits[standing - 1].commit.kind == "rollback":
+            number, standing = number + 1, standing - 2
+        return number
+
+    @cached_property
+    def left_out(self) -> Mapping[str, str]:
+        """Who is to take no part in the next fusion, and why, as the latest roll-backs say.
+
+        Until `gate_left_out_rounds` fusions of the spec stand; an undone one does not count.
+        """
+        found: dict[str, str] = {}
+        index, num_standing = self.round, 0
+        while index > 0 and num_standing < self.spec.gate_left_out_rounds:
+            index -= 1
+            commit = self.commits[index].commit
+            if commit.kind == "fuse":
+                num_standing += 1
+            else:
+                found.update({e.peer: e.reason for e in commit.excluded if e.peer not in found})
+                index -= 1  # the fusion that it undid
+        return found
 
     def before(self) -> Chain:
         """Without its last commit: the state to which a roll-back returns."""
@@ -98,6 +125,9 @@ def _check_rollback(commit: Commit, previous: Chain) -> None:
         raise RecordError(f"a roll-back of round {previous.round} returns to the state before it")
     if commit.contributors:
         raise RecordError("a roll-back has no contributors")
+    named = {exclusion.peer for exclusion in commit.excluded}
+    if len(named) > 1 or not named <= previous.cohort:
+        raise RecordError("a roll-back leaves out at most one peer, of those who made the undone round")
 
 
 def _check_contributors(commit: Commit, spec: RunSpec) -> None:

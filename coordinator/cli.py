@@ -132,6 +132,52 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, title: str) -> None:
         help="parts of others' averages that each peer computes again after a round (default: 2)",
     )
     group.add_argument(
+        "--gate",
+        action=argparse.BooleanOptionalAction,
+        help="members judge each new state on their held-out data and undo a harmful round (default: on)",
+    )
+    group.add_argument(
+        "--gate-level",
+        type=positive,
+        metavar="P",
+        help="level of a member's test: how often noise alone makes it reject (default: 0.01)",
+    )
+    group.add_argument(
+        "--gate-share",
+        type=positive,
+        metavar="S",
+        help="more than this share of the votes undoes a round (default: 0.5)",
+    )
+    group.add_argument(
+        "--gate-min-voters",
+        type=positive_int,
+        metavar="N",
+        help="fewer votes undo nothing, nor do those of half of the round's members (default: 2)",
+    )
+    group.add_argument(
+        "--gate-vote-seconds",
+        type=positive,
+        metavar="S",
+        help="who has not voted so long after a round has accepted it (default: 60)",
+    )
+    group.add_argument(
+        "--gate-leaves-out",
+        choices=choices("gate_leaves_out"),
+        help="who of an undone round takes no part in the next ones (default: most_deviant)",
+    )
+    group.add_argument(
+        "--gate-left-out-rounds",
+        type=positive_int,
+        metavar="N",
+        help="for how many rounds that stand (default: 3)",
+    )
+    group.add_argument(
+        "--gate-max-rollbacks",
+        type=positive_int,
+        metavar="N",
+        help="so many in a row at most; then the round stands (default: 3)",
+    )
+    group.add_argument(
         "--lease-seconds",
         type=positive,
         metavar="S",
@@ -275,6 +321,14 @@ def spec_options(
         "compression": args.compression,
         "exchange_limit_seconds": args.exchange_limit_seconds,
         "audit_parts": args.audit_parts,
+        "gate": args.gate,
+        "gate_level": args.gate_level,
+        "gate_share": args.gate_share,
+        "gate_min_voters": args.gate_min_voters,
+        "gate_vote_seconds": args.gate_vote_seconds,
+        "gate_leaves_out": args.gate_leaves_out,
+        "gate_left_out_rounds": args.gate_left_out_rounds,
+        "gate_max_rollbacks": args.gate_max_rollbacks,
         "lease_seconds": args.lease_seconds,
     }
     options = {**(from_file or {}), **{key: value for key, value in flags.items() if value is not None}}

@@ -131,7 +131,7 @@ class Contribution(Record):
 
 
 class Exclusion(Record):
-    """Who was left out of a round for what it sent."""
+    """Who was left out of a round for what it sent; in a roll-back, who is left out of the next ones."""
 
     peer: PeerIdText
     reason: Reason
@@ -218,6 +218,15 @@ class Acceptance(Record):
     lock: OptionalHash = ""  # value that it last signed in this round
     lock_attempt: Count = 0  # in which attempt; means nothing without a lock
     holds: bool = False  # whether it can hand out the state of that value
+
+
+class GateVote(Record):
+    """A member's judgment of a committed state: one bit, and no figure. Its author is the signer."""
+
+    kind: Literal["gate_vote"] = "gate_vote"
+    run: HashText
+    commit: HashText  # value of the commit that made the state
+    rejects: bool  # on its own held-out data the state before it was better, beyond noise
 
 
 class Promise(Record):

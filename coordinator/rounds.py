@@ -52,6 +52,7 @@ class Wait:
 
 
 NOT_DRAWN = Wait("not drawn this round")
+LEFT_OUT = Wait("left out of this round, as a round that this peer took part in was undone")
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,12 @@ def decide(
         return CatchUp(elsewhere)
     if chain.round >= spec.num_rounds:
         return Stop("all rounds are committed")
+    barred = barred_from(chain, me.peer_id, others)
+    if me.peer_id in barred:
+        return LEFT_OUT
+    in_training = [m for m in others if trains_on(m, chain) and m.peer_id not in barred]
     if not me.is_ready:
-        return _finetune_or_wait(chain, me, others)
-    in_training = [m for m in others if trains_on(m, chain)]
+        return _finetune_or_wait(chain, me, in_training)
     if len(in_training) + 1 < spec.min_peers:
         return Alone()
     electorate = electorate_of(chain, me.peer_id, others, absent=absent, counted=counted)
@@ -138,6 +142,18 @@ def decide(
 def trains_on(member: Member, chain: Chain) -> bool:
     """Whether a member works on the round that follows `chain`."""
     return member.record.commit == chain.tip and member.record.phase in TRAINING_PHASES
+
+
+def barred_from(chain: Chain, own_peer_id: str, others: Collection[Member]) -> frozenset[str]:
+    """Who takes no part in the next fusion because of an undone one; nobody where too few would be left.
+
+    They keep their votes. So nobody can be stuck: a run of those who are here always goes on.
+    """
+    if not chain.left_out:
+        return frozenset()
+    here = {own_peer_id, *(m.peer_id for m in others if trains_on(m, chain))}
+    is_possible = len(here - chain.left_out.keys()) >= chain.spec.min_peers
+    return frozenset(chain.left_out) if is_possible else frozenset()
 
 
 def rank(chain: Chain, peer_id: str) -> str:
@@ -188,8 +204,8 @@ def training_deadline(chain: Chain, me: Standing, others: Sequence[Member]) -> f
     return round_deadline(chain, entered) - 0.05 * chain.spec.round_limit_seconds
 
 
-def _finetune_or_wait(chain: Chain, me: Standing, others: Sequence[Member]) -> Action:
-    trainers = [m.peer_id for m in others if trains_on(m, chain)]
+def _finetune_or_wait(chain: Chain, me: Standing, in_training: Sequence[Member]) -> Action:
+    trainers = [m.peer_id for m in in_training]
     if len(trainers) < chain.spec.max_peers:
         return Finetune()
     drawn = draw(chain, [*trainers, me.peer_id])

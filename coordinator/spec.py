@@ -72,6 +72,14 @@ class RunSpec(_Frozen):
     outer_momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.9  # Adam's beta1
     exchange_limit_seconds: PositiveSeconds = 600.0  # of one all-reduce, however slow a member may be
     audit_parts: Annotated[int, Field(ge=0, le=64)] = 2  # that each member computes again after a round
+    gate: bool = True  # members judge each new state on held-out data of their own; peer/gate.py
+    gate_level: Annotated[float, Field(gt=0, le=0.2)] = 0.01  # of a member's test: how often noise rejects
+    gate_share: Annotated[float, Field(ge=0.5, lt=1)] = 0.5  # more than this share of the votes undoes it
+    gate_min_voters: Annotated[int, Field(ge=2, le=1024)] = 2  # and more than half of the round's members
+    gate_vote_seconds: PositiveSeconds = 60.0  # after a commit; who has not voted by then has accepted
+    gate_leaves_out: Literal["none", "most_deviant"] = "most_deviant"  # of those who made an undone round
+    gate_left_out_rounds: Annotated[int, Field(ge=1, le=1000)] = 3  # fusions that stand, without that peer
+    gate_max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 3  # in a row; then a round stands, worse or not
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     organizer: OrganizerId | None = None  # whose invites let a peer in; None: a public run
 

@@ -53,6 +53,7 @@ from peer.manifest import (
     SenderReport,
     Statement,
     figures_hash,
+    figures_of,
     figures_to_json,
     join_hashes,
     open_manifest,
@@ -117,6 +118,7 @@ class Rules:
     aggregation: str
     screening: str
     limit_seconds: float  # of the whole exchange
+    has_gram: bool = False  # whether statements tell inner products that no rule needs: for the gate
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Reduced:
     manifests: Mapping[str, bytes]  # signed, by sender: those that this member has seen as a reducer
     residuals: Mapping[int, torch.Tensor]  # by part: the own error feedback as a reducer, once committed
     traffic: Traffic  # goes on while slower members take the rest of the results
+    gram: np.ndarray | None = None  # (n, n) float64 inner products; NaN for who did not deliver all
 
 
 class ToldTwoThings(GroupFailed):
@@ -322,6 +325,10 @@ class _Exchange:
         self._part_hashes = outgoing.manifest.part_hashes()
         self.own = service.identity.peer_id
         self.is_two_phase = needs_gram(rules.aggregation, rules.screening)
+        # Of one phase they are added up beside the results and told at the end, so nothing waits for them.
+        self.has_late_gram = (
+            rules.has_gram and not self.is_two_phase and len(group.members) <= MAX_GRAM_MEMBERS
+        )
         self._owned = self.grid.owned(group.members)
         self.reducers = {member for member, parts in self._owned.items() if len(parts) > 0}
         self.result = torch.empty(self.grid.num_values, dtype=torch.float32)
@@ -585,6 +592,8 @@ class _Exchange:
             raise GroupFailed(member, "its statement names other results than it sent")
         if self.is_two_phase and member not in self.figures:
             raise GroupFailed(member, "sent a statement without figures")
+        if self.has_late_gram and len(statement.figures) != len(self.group.members) ** 2:
+            raise GroupFailed(member, "sent a statement without inner products")
         self.told.statements[member] = (statement, signed)
 
     # when everything is here
@@ -609,6 +618,9 @@ class _Exchange:
                 raise GroupFailed(member, "its statement names a norm that is not in the manifest")
 
     def _check_figures(self, member: str, statement: Statement) -> None:
+        if self.has_late_gram:
+            self._check_late_gram(member, statement)
+            return
         own = figures_to_json(self.figures.get(member))
         if own != statement.figures:
             raise GroupFailed(member, "its statement names other figures than it told")
@@ -619,6 +631,13 @@ class _Exchange:
             if theirs != here:  # one of the two lies; about my own figures I know who
                 culprit = member if reducer == self.own else reducer
                 raise GroupFailed(culprit, f"told {member[-8:]} and me different figures")
+
+    def _check_late_gram(self, member: str, statement: Statement) -> None:
+        """Lengths as the manifests promise, and products that such vectors can have. Raises GroupFailed."""
+        figures = figures_of(statement)
+        squared_norms = self.reducer.squared_norms(self._owned[member])
+        if figures is not None and (problem := figures_problem(figures, squared_norms)):
+            raise GroupFailed(member, f"told inner products that cannot be: {problem}")
 
     def figures_told(self) -> str:
         """The hashes of all figures, by reducer: what a plan was made from."""
@@ -645,7 +664,19 @@ class _Exchange:
             manifests=self.reducer.signed_manifests(),
             residuals=self.reducer.new_residuals,
             traffic=self.traffic,
+            gram=self._gram(statements),
         )
+
+    def _gram(self, statements: Mapping[str, Statement]) -> np.ndarray | None:
+        """From what all members were told, in one order: the same bits for all."""
+        if not (self.is_two_phase or self.has_late_gram):
+            return None
+        size = len(self.group.members)
+        total = np.zeros((size, size))
+        for _, statement in sorted(statements.items()):
+            figures = figures_of(statement)
+            total = total + (np.full((size, size), np.nan) if figures is None else figures)
+        return total
 
     def _contributions(self, statements: Mapping[str, Statement]) -> tuple[Contribution, ...]:
         """What the statements say of each sender; the same on every member, since the statements are."""
@@ -719,6 +750,8 @@ class _Reducer:
         }
         self._results: list[bytes | memoryview] = []
         self._figures: bytes = b""
+        size = len(exchange.group.members)
+        self._late_gram = np.zeros((size, size)) if exchange.has_late_gram else None
         self._statement: bytes = b""
         self.is_closed = False
         self._take_own()
@@ -849,9 +882,11 @@ class _Reducer:
         plan = self._plan
         present = [i for i, s in enumerate(self._senders) if s.next_part > part and plan.weights[i] != 0]
         try:
+            values = [self._values(part, i) for i in present]
+            self._add_to_gram(present, values)
             result = reduce_values(
                 self._rules.aggregation,
-                [self._values(part, i) for i in present],
+                values,
                 [plan.weights[i] for i in present],
                 self._grid.size(part),
             )
@@ -862,6 +897,14 @@ class _Reducer:
         if residual is not None:
             self.new_residuals[part] = residual
         return data
+
+    def _add_to_gram(self, present: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        """Who is not in one part of the result is in no inner product: NaN from here on."""
+        if self._late_gram is None:
+            return
+        absent = [index for index in range(len(self._senders)) if index not in present]
+        self._late_gram[absent, :] = self._late_gram[:, absent] = np.nan
+        self._late_gram[np.ix_(present, present)] += gram_matrix(values)
 
     def _feedback(self, part: int, result: torch.Tensor) -> torch.Tensor | None:
         """What earlier results of this part left; nothing where the norm cap would make a liar of me.
@@ -884,7 +927,7 @@ class _Reducer:
         return decoded(self._codec, held, self._grid.size(part))
 
     def _make_statement(self) -> bytes:
-        own_figures = self._exchange.figures.get(self._exchange.own)
+        own_figures = self._exchange.figures.get(self._exchange.own, self._late_gram)
         statement = Statement(
             run=self._exchange.service.run_digest,
             group=self._exchange.group.group_id.hex(),

@@ -21,6 +21,14 @@ are JSON integers, durations seconds, sizes bytes, hashes hexadecimal; what was 
         the run's next state, agreed on. Accuracy (0 to 1) is head-only on this peer's held-out split:
         of the base model that the round began with, of its own finetuned backbone, of the fused one.
         For a regression task the three are Pearson correlations (-1 to 1).
+    {"event": "voted", "round": int, "rejects": bool, "p_value": float}
+        this peer told the others whether the state of that round is worse than the one before, on its own
+        held-out split and beyond noise; only the bit left this machine
+    {"event": "verdict", "round": int, "rejected": bool, "num_rejections": int, "num_votes": int,
+        "num_members": int}
+        what the votes on that round come to, as far as they reached this peer
+    {"event": "rolled_back", "round": int, "state_hash": hash, "reason": str, "left_out": {peer: reason}}
+        that round undid the one before it; who is left out takes no part in the next rounds
     {"event": "alone", "round": int}
         below the quorum: it goes on finetuning its own copy and commits nothing
     {"event": "paused", "round": int, "reason": str}
@@ -42,7 +50,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,6 +179,32 @@ class Reporter:
         line = Text("  ".join(part for part in parts if part))
         line.highlight_regex(r"fused \S+", "bold")
         self._print(line)
+
+    def voted(self, round: int, rejects: bool, p_value: float) -> None:
+        if self._emit("voted", round=round, rejects=rejects, p_value=p_value):
+            return
+        if rejects:
+            self._print(f"round {round}  worse than the round before on this peer's held-out data: rejected")
+        else:
+            logger.info("round %d: accepted, p = %.3f", round, p_value)
+
+    def verdict(
+        self, round: int, rejected: bool, num_rejections: int, num_votes: int, num_members: int
+    ) -> None:
+        votes = {"num_rejections": num_rejections, "num_votes": num_votes, "num_members": num_members}
+        if self._emit("verdict", round=round, rejected=rejected, **votes):
+            return
+        if rejected:
+            self._print(f"round {round}  rejected by {num_rejections} of {num_votes} votes: to be undone")
+        else:
+            logger.info("round %d: stands, %d of %d votes reject it", round, num_rejections, num_votes)
+
+    def rolled_back(self, round: int, state_hash: str, reason: str, left_out: Mapping[str, str]) -> None:
+        for peer, why in left_out.items():
+            logger.warning("peer %s is left out of the next rounds: %s", clean(peer[-8:]), clean(why))
+        event = {"round": round, "state_hash": state_hash, "reason": reason, "left_out": dict(left_out)}
+        if not self._emit("rolled_back", **event):
+            self._print(f"round {round}  undid the round before it: {clean(reason)}")
 
     def alone(self, round: int) -> None:
         if self._emit("alone", round=round) or self._last_alone == round:

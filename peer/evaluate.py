@@ -122,7 +122,6 @@ def head_only_score(task: Task, train: Features, test: Features) -> float:
     return score(task, fit_probe(task, train.pooled, train.labels, seed=0).predict(test.pooled), test.labels)
 
 
-@torch.no_grad()
 def init_head(model: PreTrainedModel, task: Task, train: Features, seed: int) -> Probe:
     """Fits a probe on what the last Linear sees and writes it there, so that finetuning starts from it.
 
@@ -130,10 +129,16 @@ def init_head(model: PreTrainedModel, task: Task, train: Features, seed: int) ->
     gradients distort the features before the head has learnt anything.
     """
     probe = fit_probe(task, train.head_input, train.labels, seed=seed)
+    write_probe(model, probe)
+    return probe
+
+
+@torch.no_grad()
+def write_probe(model: PreTrainedModel, probe: Probe) -> None:
+    """Into the last Linear; the rest of the head stays as it is."""
     last = final_linear(model)
     last.weight.copy_(torch.from_numpy(probe.weight))
     last.bias.copy_(torch.from_numpy(probe.bias))
-    return probe
 
 
 def predict(

@@ -40,6 +40,7 @@ class Fusion:
     plan: Plan  # what each contribution counts, in the order of the group
     results: tuple[bytes | memoryview, ...]  # encoded, by part: what travels back
     residuals: Mapping[int, torch.Tensor]  # by part: the reducers' error feedback, once this is committed
+    gram: np.ndarray | None = None  # (n, n) inner products of the contributions, where they were asked for
 
     def delta(self, grid: PartGrid, codec: Codec) -> torch.Tensor:
         """(num_values,) float32: the fused delta, as every member decodes it."""
@@ -56,16 +57,17 @@ def fuse(
     aggregation: str,
     screening: str = "none",
     residuals: Mapping[int, torch.Tensor] = _NO_RESIDUALS,
+    has_gram: bool = False,
 ) -> Fusion:
     """Fuse what the members, in the order of the group, contribute.
 
-    residuals: the reducers' error feedback by part; it stays as it is. Raises ValueError for an empty group
-    and for contributions that do not fit together.
+    residuals: the reducers' error feedback by part; it stays as it is. has_gram: whether the gate asks for
+    inner products. Raises ValueError for an empty group and for contributions that do not fit together.
     """
     grid, codec = _common(members)
     norms = [member.outgoing.manifest.norm for member in members]
     weights = [member.weight for member in members]
-    figures = _figures(members, grid) if needs_gram(aggregation, screening) else []
+    figures = _figures(members, grid) if has_gram or needs_gram(aggregation, screening) else []
     plan = plan_of(aggregation, screening, weights, norms, figures)
     counting = [index for index, weight in enumerate(plan.weights) if weight != 0]
     results, new_residuals = [], {}
@@ -84,7 +86,8 @@ def fuse(
         results.append(data)
         if residual is not None:
             new_residuals[part] = residual
-    return Fusion(plan, tuple(results), new_residuals)
+    gram = np.sum(figures, axis=0) if figures else None
+    return Fusion(plan, tuple(results), new_residuals, gram)
 
 
 def _figures(members: Sequence[Member], grid: PartGrid) -> list[np.ndarray]:

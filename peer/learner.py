@@ -8,7 +8,7 @@ The same object serves a real peer and a simulated one. Head, labels and label n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peer.data import TaskData, tokenize
-from peer.evaluate import Features, extract_features, head_only_score, init_head
+from peer.evaluate import Features, Probe, extract_features, fit_probe, write_probe
 from peer.finetune import Budget, FinetuneConfig, FinetuneResult, finetune
 from peer.layout import TensorLayout
 from peer.memory import release_freed_memory
@@ -32,7 +32,7 @@ from peer.model import (
     reset_head,
     save_task_model,
 )
-from peer.tasks import Task, score
+from peer.tasks import Task, errors, score
 
 Progress = Callable[[float], None]  # gets the fraction done
 
@@ -43,6 +43,10 @@ class Evaluation:
 
     head_only: float  # accuracy or Pearson r of a linear probe on mean-pooled features
     classifier: float  # the same of the classifier as it stands, with its own head
+    # (n,) of the linear probe, row by row: see `peer.tasks.errors`
+    errors: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+    fitted: float | None = None  # score of the classifier with its last layer fitted; None: was not asked
+    probe: Probe | None = field(default=None, compare=False, repr=False)  # that layer
 
 
 class Learner:
@@ -71,6 +75,10 @@ class Learner:
         self._held_out = self._tokenize(data.validation, lambda f: on_progress(0.2 * f))
         self._train = self._tokenize(data.train, lambda f: on_progress(0.2 + 0.8 * f))
         self._probe_train = _sample(self._train, 2 * eval_examples, seed)
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self._held_out)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -116,27 +124,42 @@ class Learner:
         """
         if self._config.head_init == "fresh":
             reset_head(self.model, self._seed + round_)
-        return self._evaluate(fit_head=self._config.head_init == "probe", on_progress=on_progress)
+        return self._evaluate(is_base=True, on_progress=on_progress)
 
     def evaluate_own(self, *, on_progress: Progress = lambda _: None) -> Evaluation:
         """Score the finetuned backbone, with the head that was finetuned with it."""
-        return self._evaluate(fit_head=False, on_progress=on_progress)
+        return self._evaluate(is_base=False, on_progress=on_progress)
 
-    def _evaluate(self, *, fit_head: bool, on_progress: Progress) -> Evaluation:
+    def _evaluate(self, *, is_base: bool, on_progress: Progress) -> Evaluation:
         share = len(self._probe_train) / (len(self._probe_train) + len(self._held_out))
         train = self._features(self._probe_train, lambda f: on_progress(f * share))
         held_out = self._features(self._held_out, lambda f: on_progress(share + f * (1 - share)))
-        if fit_head:
-            probe = init_head(self.model, self.task, train, self._seed)
+        if not all(np.isfinite(f).all() for s in (train, held_out) for f in (s.pooled, s.head_input)):
+            return self._ruined(held_out)
+        probe, logits = None, self._logits(held_out)
+        if is_base:
+            probe = fit_probe(self.task, train.head_input, train.labels, seed=self._seed)
+        if probe is not None and self._config.head_init == "probe":
+            write_probe(self.model, probe)
             logits = probe.predict(held_out.head_input)
-        else:
-            logits = self._logits(held_out)
+        probed = fit_probe(self.task, train.pooled, train.labels, seed=0).predict(held_out.pooled)
         evaluation = Evaluation(
-            head_only=head_only_score(self.task, train, held_out),
+            head_only=score(self.task, probed, held_out.labels),  # as `peer.evaluate.head_only_score`
             classifier=score(self.task, logits, held_out.labels),
+            errors=errors(self.task, probed, held_out.labels),
+            fitted=None if probe is None else self._score(probe, held_out),
+            probe=probe,
         )
         release_freed_memory()
         return evaluation
+
+    def _score(self, probe: Probe, held_out: Features) -> float:
+        return score(self.task, probe.predict(held_out.head_input), held_out.labels)
+
+    def _ruined(self, held_out: Features) -> Evaluation:
+        """Of a backbone whose features are not finite: right about nothing, and no head fits it."""
+        nothing = np.full((len(held_out.labels), self.task.num_labels), np.nan)
+        return Evaluation(0.0, 0.0, errors(self.task, nothing, held_out.labels))
 
     def finetune(
         self,
@@ -162,8 +185,15 @@ class Learner:
         release_freed_memory()  # of gradients and optimizer; the all-reduce comes next
         return result
 
-    def save_task_model(self, directory: Path) -> None:
-        save_task_model(self.model, self.tokenizer, directory)
+    def save_task_model(self, directory: Path, probe: Probe | None = None) -> None:
+        """The classifier as it is, or with this last layer instead of its own."""
+        own_head = self.head_state()
+        if probe is not None:
+            write_probe(self.model, probe)
+        try:
+            save_task_model(self.model, self.tokenizer, directory)
+        finally:
+            self.load_head_state(own_head)
 
     def _tokenize(self, split: Dataset, on_progress: Progress) -> Dataset:
         length, is_pair = self._config.max_length, self.task.is_pair

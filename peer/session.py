@@ -30,7 +30,7 @@ from coordinator.errors import AccessError, NetworkError, SpecError, StateError,
 from coordinator.identity import load_identity
 from coordinator.network import Network, NetworkConfig
 from coordinator.organizer import first_invite
-from coordinator.records import Promise, RecordError, SignedCommit, parse_json, parse_record
+from coordinator.records import Exclusion, Promise, RecordError, SignedCommit, parse_json, parse_record
 from coordinator.rounds import CatchUp, Finetune, Stop, trains_on
 from coordinator.spec import RunSpec, load_spec
 from coordinator.streams import Traffic
@@ -42,8 +42,10 @@ from peer.config import PeerConfig
 from peer.contradiction import Contradiction
 from peer.data import TaskData
 from peer.display import Accuracy, ProgressBar, Reporter
+from peer.evaluate import Probe
 from peer.feedback import ErrorFeedback, cut_to_usual_norm
 from peer.finetune import Budget
+from peer.gatekeeper import Gatekeeper
 from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
 from peer.layout import TensorLayout
 from peer.learner import Evaluation, Learner, Progress
@@ -56,11 +58,14 @@ from peer.outer import outer_step
 from peer.state import (
     Checkpoint,
     CheckpointStore,
+    KeptModel,
     append_json_line,
+    kept_score,
     recover_directory,
     repair_json_lines,
     replace_directory,
     write_model_card,
+    write_task_card,
     write_text,
 )
 from peer.stopping import StopRequested, StopSwitch
@@ -139,7 +144,6 @@ class Session:
         self._outgoing: Outgoing | None = None  # of this round, until its audit is over
         self._feedback = ErrorFeedback()  # what compression cut off
         self._kept_delta: torch.Tensor | None = None  # of a round that was committed without it
-        self._best_task_score: float | None = None
         self._base: Evaluation | None = None  # of the current state
         self._is_entered = self._is_connected = False
         self._resting: str | None = None  # why, while manners forbid to go on
@@ -149,6 +153,7 @@ class Session:
         for name in ("model", "task_model", "base"):
             recover_directory(self._dir / name)
         repair_json_lines(self._dir / "rounds.jsonl")
+        self._best_task_score = kept_score(self._dir / "task_model", data.task.metric_name)
 
     def run(self, spec: RunSpec | None = None, first_state: State | None = None) -> str:
         """Take part until the run, this peer's rounds or its time are over, or it is told to stop.
@@ -208,6 +213,10 @@ class Session:
             obtain=self._obtain,
             holds=lambda state_hash: state_hash in self._pending,
             wants_rollback=lambda tip: self._is_rejected and tip == self._agreement.chain.tip,
+            leaves_out=self._leaves_out,
+        )
+        self._gatekeeper = Gatekeeper(
+            spec, self._network, self._agreement, self._reporter, self._data.task.kind
         )
         self._audit = AuditService(
             self._network,
@@ -273,7 +282,6 @@ class Session:
             self._in_network(self._adopt(chain))
             self._kept_delta = checkpoint.kept_delta
             self._feedback = ErrorFeedback.of(checkpoint.residual, checkpoint.residuals)
-            self._best_task_score = checkpoint.extra.get("best_task_score")
             self._reporter.note(f"resumed at round {chain.round}")
         for _ in range(ENTRY_ATTEMPTS - 1):
             try:
@@ -360,6 +368,7 @@ class Session:
         part = 0
         while True:
             self._finetune(log, part)
+            self._await_verdict()
             if self._is_rejected:
                 return
             if log.num_examples == 0 and self._agreement.is_overtaken:  # it rested all the time
@@ -368,9 +377,9 @@ class Session:
             delta = self._learner.export_backbone()
             delta -= self._state.backbone
             outcome = self._fuse(self._feedback.add_to(delta), log)
+            self._keep_own(log)
             if isinstance(outcome, LeftAlone):
                 self._reporter.alone(log.round)
-                self._keep_task_model(log.own)
                 part += 1
                 self._stop.wait(0.5)
                 continue
@@ -390,9 +399,17 @@ class Session:
                 self._base = self._learner.evaluate_base(
                     log.round, on_progress=self._stop.checking(bar.update)
                 )
+            self._keep_base(self._base)
         return self._base
 
+    def _await_verdict(self) -> None:
+        """No round is built on one that may be undone. There mostly is a verdict before finetuning begins."""
+        while not (self._gatekeeper.is_settled(self._agreement.chain) or self._agreement.is_overtaken):
+            self._stop.wait(0.1)
+            self._check_daemon()
+
     def _finetune(self, log: _RoundLog, part: int) -> None:
+        log.own = None  # of the part before
         budget = Budget(self.spec.round_examples, self.spec.round_seconds)
         if part > 0:
             self._in_network(self._agreement.set_phase("finetuning"))
@@ -501,7 +518,8 @@ class Session:
         outgoing = self._outgoing
         if outgoing is None:
             raise StateError("an all-reduce without a contribution: `fuse` ran without `_encode`")
-        rules = Rules(spec.aggregation, spec.screening, spec.exchange_limit_seconds)
+        has_gram = spec.gate and spec.gate_leaves_out == "most_deviant"
+        rules = Rules(spec.aggregation, spec.screening, spec.exchange_limit_seconds, has_gram)
         try:
             reduced = await self._allreduce.reduce(group, outgoing, rules, residuals=self._feedback.reduced)
             state = await asyncio.to_thread(self._next_state, reduced.flat)
@@ -610,16 +628,25 @@ class Session:
 
     @property
     def _is_rejected(self) -> bool:
-        """Whether I want the state that I am at undone: one who made it has lied in its round.
-
-        The lie may be older than the commit: a failed attempt showed it, and its value was signed again.
-        """
+        """Whether I want the state that I am at undone: one who made it has lied, or the gate says so."""
         chain = self._agreement.chain
         can_be_undone = chain.round < self.spec.num_rounds  # a roll-back is a round as well
         if not can_be_undone or not chain.commits or chain.is_rolled_back:
             return False
+        return self._has_liar(chain) or self._gatekeeper.is_rejected(chain)
+
+    def _has_liar(self, chain: Chain) -> bool:
+        """Whether one who made the tip has lied in its round.
+
+        The lie may be older than the commit: a failed attempt showed it, and its value was signed again.
+        """
         cohort = chain.commits[-1].commit.cohort
         return any(chain.round == round_ and liar in cohort for liar, round_ in self._lies)
+
+    def _leaves_out(self) -> tuple[Exclusion, ...]:
+        """Whom a roll-back of the tip names. A liar is banned anyway; nobody guesses who it was."""
+        chain = self._agreement.chain
+        return () if not chain.commits or self._has_liar(chain) else self._gatekeeper.leaves_out(chain)
 
     def _roll_back(self) -> None:
         """Propose it, or follow whoever does so before me."""
@@ -628,8 +655,14 @@ class Session:
         if self._agreement.is_overtaken or isinstance(self._agreement.decide(), CatchUp):
             self._catch_up()
             return
+        chain, reason = self._agreement.chain, "a reducer lied"
+        if not self._has_liar(chain):
+            reason = self._gatekeeper.reason(chain)
+            self._gatekeeper.tell_votes(chain)
+            if not self._is_rejected:  # let go
+                return
         limit = self.spec.exchange_limit_seconds
-        self._in_network(self._agreement.roll_back("a reducer lied"), seconds=limit)
+        self._in_network(self._agreement.roll_back(reason), seconds=limit)
         self._catch_up()
 
     # after a commit
@@ -639,9 +672,9 @@ class Session:
         pending = self._pending.get(self._agreement.chain.state_hash)
         if pending is None or own is None:
             raise StateError("a commit without a result: `fuse` ran without `_reduce`")
-        self._keep_task_model(own)
         self._count_as_sent(delta, pending)
         self._set_state(pending.state)
+        self._begin_judging(pending)
         self._in_network(self._agreement.set_phase("evaluating", entered_at=Network.now()))
         with log.timed("save"):
             self._save_checkpoint_if_entered()
@@ -651,11 +684,20 @@ class Session:
         self._network.submit(self._audit_round(committed.group.members))
         try:
             self._evaluate_fused(log)
+            if self._base is not None:
+                self._gatekeeper.vote(base, self._base)
         finally:  # told to stop meanwhile: the round happened all the same
             self._tell_committed(committed, base, own, log)
             self._outgoing = None
         if self._rounds_left is not None:
             self._rounds_left -= 1
+
+    def _begin_judging(self, pending: _Pending) -> None:
+        chain, reduced = self._agreement.chain, pending.reduced
+        if reduced is None or pending.group != chain.commits[-1].commit.group:
+            self._gatekeeper.begin(chain)
+        else:
+            self._gatekeeper.begin(chain, was_there=True, gram=reduced.gram)
 
     async def _audit_round(self, members: Sequence[str]) -> None:
         """In the network's thread: what others were told, and some parts computed again; neither waits."""
@@ -707,9 +749,8 @@ class Session:
         with log.timed("evaluate_fused"), self._progress(log, "evaluating the fused backbone", 1.0) as bar:
             progress = self._stop.checking(self._about.following(bar.update))
             self._base = self._learner.evaluate_base(self._round + 1, on_progress=progress)
-        if self._keep_task_model(self._base):
-            with log.timed("save"):
-                self._save_checkpoint_if_entered()
+        with log.timed("save"):
+            self._keep_base(self._base)
 
     def _tell_committed(
         self, committed: Committed, base: Evaluation, own: Evaluation, log: _RoundLog
@@ -746,8 +787,13 @@ class Session:
         self._set_state(state)
         self._feedback.forget_reduced()
         self._in_network(self._adopt(chain))
+        self._gatekeeper.begin(chain)
         self._save_checkpoint_if_entered()
         self._export_model()
+        if chain.is_rolled_back:
+            commit = chain.commits[-1].commit
+            left_out = {exclusion.peer: exclusion.reason for exclusion in commit.excluded}
+            self._reporter.rolled_back(chain.round, chain.state_hash, commit.reason, left_out)
 
     async def _adopt(self, chain: Chain) -> None:
         self._agreement.adopt(chain)
@@ -794,7 +840,6 @@ class Session:
                 kept_delta=self._kept_delta,
                 residual=self._feedback.sent,
                 residuals=self._feedback.reduced_by_name(),
-                extra={"best_task_score": self._best_task_score},
             )
         )
         addresses = [address for m in self._agreement.live() for address in m.record.addresses]
@@ -812,17 +857,33 @@ class Session:
             self._feedback.sent = self._store.map_residual()
         release_freed_memory()
 
-    def _keep_task_model(self, candidate: Evaluation | None) -> bool:
-        """`task_model/` holds the best on the own held-out split so far; returns whether it is the candidate.
+    # `task_model/` holds the best on the own held-out split so far. The candidate is in the learner.
 
-        The learner's model must be the candidate.
-        """
+    def _keep_own(self, log: _RoundLog) -> None:
+        if log.own is not None:
+            self._keep_task_model("your own finetuned backbone with its head", log.round, log.own.classifier)
+
+    def _keep_base(self, base: Evaluation) -> None:
+        what = "the fused backbone with a head fitted to it"
+        if self._agreement.chain.state_hash == self.spec.backbone_hash:
+            what = "the backbone that the run began with and a head fitted to it"
+        self._keep_task_model(what, self._round, base.fitted, base.probe)
+
+    def _keep_task_model(
+        self, what: str, round_: int, score: float | None, probe: Probe | None = None
+    ) -> None:
         best = self._best_task_score
-        if candidate is None or (best is not None and candidate.classifier < best):
-            return False
-        replace_directory(self._dir / "task_model", self._learner.save_task_model)
-        self._best_task_score = candidate.classifier
-        return True
+        if score is None or (best is not None and score < best):
+            return
+        metric_name = self._data.task.metric_name
+        kept = KeptModel(what, round_, metric_name, score, self._learner.num_held_out)
+
+        def write(directory: Path) -> None:
+            self._learner.save_task_model(directory, probe)
+            write_task_card(directory, kept)
+
+        replace_directory(self._dir / "task_model", write)
+        self._best_task_score = score
 
     def _export_model(self) -> None:
         chain = self._agreement.chain
@@ -868,6 +929,7 @@ class Session:
                 "audit": asdict(self._audit.traffic),
                 "partial": {c.peer: c.reason for c in commit.contributors if c.missing},
                 "excluded": {e.peer: e.reason for e in commit.excluded},
+                "gate": self._gatekeeper.told(),
             },
         )
 

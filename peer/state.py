@@ -28,7 +28,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +53,7 @@ _HEAD = "head.safetensors"
 _KEPT_DELTA = "kept_delta.safetensors"
 _RESIDUAL = "residual.safetensors"
 _RESIDUALS = "residuals.safetensors"
+_KEPT = "kept.json"  # beside a classifier: which one it is
 _MARKER = ".written-by-peer"  # in directories that `replace_directory` made and may replace
 
 
@@ -311,6 +312,17 @@ def repair_json_lines(path: Path) -> None:
         raise _cannot_write(path, error) from error
 
 
+@dataclass(frozen=True)
+class KeptModel:
+    """Which of its models a peer keeps as its own classifier."""
+
+    what: str  # in words
+    round: int
+    metric_name: str
+    score: float
+    num_examples: int  # of the held-out split
+
+
 def write_model_card(
     directory: Path,
     *,
@@ -376,6 +388,38 @@ def write_model_card(
     ]
     text = "\n".join(front_matter + body) + "\n"
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_task_card(directory: Path, kept: KeptModel) -> None:
+    """README.md of a peer's own classifier, and the same for programs: which model it is, and its score."""
+    text = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "---",
+        "",
+        "# Your own classifier",
+        "",
+        f"This is {kept.what}, of round {kept.round}.",
+        f"Its {kept.metric_name} on your {kept.num_examples} held-out examples is {kept.score:.4f}: the best",
+        "that this peer has seen there so far of three kinds: its own finetuned backbones, the fused",
+        "ones with a head fitted to them, and the one that the run began with. Only one that does no",
+        "worse replaces it.",
+        "The choice was made on those examples, so on new ones expect a little less.",
+        "",
+        "It holds your label names. It has never left this machine.",
+    ]
+    (directory / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (directory / _KEPT).write_text(json.dumps(asdict(kept), indent=1) + "\n", encoding="utf-8")
+
+
+def kept_score(directory: Path, metric_name: str) -> float | None:
+    """Of the classifier in `directory`; None where there is none, or one of another metric."""
+    try:
+        kept = json.loads((directory / _KEPT).read_bytes())
+        return float(kept["score"]) if kept["metric_name"] == metric_name else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # --- the directory and its lock

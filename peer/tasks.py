@@ -45,6 +45,16 @@ def score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(is_finite & (predictions.argmax(axis=1) == labels)))
 
 
+def errors(task: Task, predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(n,) float64, row by row: 1 for a wrong label and 0 for a right one; squared errors of a regression."""
+    if task.kind == "regression":
+        squared: np.ndarray = (predictions[:, 0].astype(np.float64) - labels.astype(np.float64)) ** 2
+        return squared
+    is_finite = np.isfinite(predictions).all(axis=1)
+    wrong: np.ndarray = 1.0 - (is_finite & (predictions.argmax(axis=1) == labels))
+    return wrong
+
+
 def majority_baseline(task: Task, labels: np.ndarray) -> float:
     """The score of always predicting the most common label of `labels` (n,); of a constant for regression."""
     if len(labels) == 0:

@@ -25,6 +25,7 @@ from peer.finetune import Budget, FinetuneConfig
 from peer.layout import TensorLayout
 from peer.learner import Learner
 from peer.manifest import Outgoing, prepare
+from peer.model import final_linear, head_parameters
 
 NUM_HELD_OUT_IN_TRAINING = 8  # the learner scores some at each round; what counts is scored apart
 
@@ -82,6 +83,31 @@ class LocalPeer:
         self._learner.load_backbone(state)
         self._learner.load_head_state(self._first_head)
         self._learner.evaluate_base(round_)
+        return self._finetuned(state, round_)
+
+    def harmful_delta(self, state: torch.Tensor, round_: int, length: float) -> torch.Tensor:
+        """The same, to do harm: of a peer that was made with `flipped_labels`. As long as `length`.
+
+        The head is fitted to the true labels and held there; else it would learn the new names, and nothing
+        would be wrong with the backbone. So finetuning drives the features of the classes into each other.
+        """
+        self._learner.load_backbone(state)
+        self._learner.load_head_state(self._first_head)
+        self._learner.evaluate_base(round_)
+        last, head = final_linear(self._learner.model), head_parameters(self._learner.model).values()
+        with torch.no_grad():  # row l was fitted to what was label l - 1
+            last.weight.copy_(last.weight.roll(-1, 0))
+            last.bias.copy_(last.bias.roll(-1, 0))
+        for parameter in head:
+            parameter.requires_grad_(False)
+        try:
+            delta = self._finetuned(state, round_)
+        finally:
+            for parameter in head:
+                parameter.requires_grad_(True)
+        return delta * (length / float(torch.linalg.vector_norm(delta)))
+
+    def _finetuned(self, state: torch.Tensor, round_: int) -> torch.Tensor:
         self._learner.finetune(Budget(self._sizes.round_examples), round_=round_)
         delta = self._learner.export_backbone()
         delta -= state
@@ -138,6 +164,13 @@ def shuffled_labels(data: TaskData, seed: int) -> TaskData:
     labels = data.train["label"][:]
     order = np.random.default_rng(seed).permutation(len(labels))
     columns = {**data.train[:], "label": [labels[i] for i in order]}
+    return replace(data, train=Dataset.from_dict(columns, features=data.train.features))
+
+
+def flipped_labels(data: TaskData) -> TaskData:
+    """Each training label replaced by the next one, the last by the first."""
+    num_labels = data.task.num_labels
+    columns = {**data.train[:], "label": [(label + 1) % num_labels for label in data.train["label"]]}
     return replace(data, train=Dataset.from_dict(columns, features=data.train.features))
 
 

@@ -7,6 +7,10 @@ in all later ones. `equivocate` tells two of three members another result than t
 statement that fits, so that no majority signs; `equivocate-once` tells one, and the rest commits. Every
 peer of the fault matrix runs under this module, the honest ones with the kind `none`: it then only writes
 to DIR what it contributed and which states it held, for the check against float64.
+
+`flipped-labels` does all that a member does, and nothing can be proven against it: it finetunes on flipped
+labels under a head that is fitted to the true ones, sends a delta as long as those of the others, claims to
+have seen a billion examples, and votes that all is well.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import asyncio
 import importlib
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,11 +31,15 @@ import numpy as np
 import torch
 
 from coordinator.agreement import Agreement
+from coordinator.chain import Chain
+from coordinator.gate_votes import GateVotes
 from coordinator.network import Network
 from coordinator.records import PeerRecord, open_signed, sign
 from peer import allreduce, session
 from peer.layout import flat_bytes
+from peer.learner import Learner
 from peer.manifest import MAX_SIGNED_BYTES, Manifest, Outgoing, Statement, join_hashes, part_hash
+from peer.model import head_parameters
 
 KINDS = (
     "none",
@@ -49,6 +58,7 @@ KINDS = (
     "equivocate-once",
     "truncated-state",
     "forged-record",
+    "flipped-labels",
 )
 STEPS = (
     "ready",
@@ -102,6 +112,9 @@ class Injector:
 def install(injector: Injector) -> None:
     """Wrap the named steps of the product."""
     _wrap_session(injector)
+    if injector.kind == "flipped-labels":
+        _wrap_learner(injector)
+        _weigh_more()
     _wrap_allreduce(injector)
     _wrap_network(injector)
 
@@ -111,6 +124,8 @@ def _wrap_session(injector: Injector) -> None:
 
     def encode_and_fail(self: Any, delta: torch.Tensor, log: Any) -> Outgoing:
         injector.round = log.round
+        if injector.is_lying("flipped-labels"):
+            delta = _as_long_as_others(delta, self._agreement.chain)
         np.save(injector.dump / f"delta-{log.round}-{self._network.peer_id[-8:]}.npy", delta.numpy())
         outgoing = _lie_about(encode(self, delta, log), self, injector)
         self._network.run(injector.reach("ready"), timeout_seconds=60.0)
@@ -128,6 +143,38 @@ def _wrap_session(injector: Injector) -> None:
     session.Session._encode = encode_and_fail  # type: ignore[method-assign]
     session.Session._reduce = reduce_and_fail  # type: ignore[method-assign,assignment]
     session.Session._set_state = set_and_dump  # type: ignore[method-assign]
+
+
+def _wrap_learner(injector: Injector) -> None:
+    finetune, cast = Learner.finetune, GateVotes.cast
+
+    def finetune_for_harm(self: Any, *args: Any, round_: int, **options: Any) -> Any:
+        if round_ < FIRST_ROUND:
+            return finetune(self, *args, round_=round_, **options)
+        honest, head = self._train, list(head_parameters(self.model).values())
+        flipped = [(label + 1) % self.task.num_labels for label in honest["labels"]]
+        self._train = honest.remove_columns("labels").add_column("labels", flipped)
+        try:
+            for parameter in head:
+                parameter.requires_grad_(False)
+            return finetune(self, *args, round_=round_, **options)
+        finally:
+            self._train = honest
+            for parameter in head:
+                parameter.requires_grad_(True)
+
+    async def accept(self: Any, commit: str, *, rejects: bool) -> None:
+        await cast(self, commit, rejects=False)
+
+    Learner.finetune = finetune_for_harm  # type: ignore[method-assign]
+    GateVotes.cast = accept  # type: ignore[method-assign]
+
+
+def _as_long_as_others(delta: torch.Tensor, chain: Chain) -> torch.Tensor:
+    """The median norm of the round before, which everybody can read in its commit."""
+    commits = [signed.commit for signed in chain.commits if signed.commit.contributors]
+    length = statistics.median(contribution.norm for contribution in commits[-1].contributors)
+    return delta * (length / float(torch.linalg.vector_norm(delta)))
 
 
 def _lie_about(outgoing: Outgoing, owner: Any, injector: Injector) -> Outgoing:

@@ -67,6 +67,9 @@ def tell_everything(reporter: Reporter, text: str = "max_seconds") -> None:
     reporter.finetuned(round=3, num_examples=512, seconds=60.25)
     reporter.fused(round=3, num_peers=4, seconds=1.5, bytes_sent=100, bytes_received=200)
     reporter.committed(3, DIGEST, 4, Accuracy(base=0.25, own=0.5, fused=None))
+    reporter.voted(3, rejects=True, p_value=0.001)
+    reporter.verdict(3, True, num_rejections=3, num_votes=4, num_members=5)
+    reporter.rolled_back(4, DIGEST, "worse", {"12D3KooWB": "deviant"})
     reporter.alone(round=4)
     reporter.note(text)
     reporter.warning(text)
@@ -103,6 +106,22 @@ def test_the_events_are_as_documented() -> None:
             "num_peers": 4,
             "accuracy": {"base": 0.25, "own": 0.5, "fused": None},
         },
+        {"event": "voted", "round": 3, "rejects": True, "p_value": 0.001},
+        {
+            "event": "verdict",
+            "round": 3,
+            "rejected": True,
+            "num_rejections": 3,
+            "num_votes": 4,
+            "num_members": 5,
+        },
+        {
+            "event": "rolled_back",
+            "round": 4,
+            "state_hash": DIGEST,
+            "reason": "worse",
+            "left_out": {"12D3KooWB": "deviant"},
+        },
         {"event": "alone", "round": 4},
         {"event": "stopped", "round": 4, "reason": "max_seconds"},
     ]
@@ -128,7 +147,7 @@ def test_json_lines_stay_lines_and_ascii_whatever_others_say(caplog: pytest.LogC
     assert json.loads(lines[-1])["reason"] == HOSTILE  # exact, for scripts
     assert stream.getvalue().isascii()
     assert "\x1b" not in stream.getvalue() + caplog.text
-    assert len(lines) == 9
+    assert len(lines) == 12
 
 
 def test_what_is_not_a_number_is_null() -> None:

@@ -310,6 +310,9 @@ def spec_texts() -> st.SearchStrategy[bytes]:
     )
 
 
+GATE_VOTE = records.GateVote(run=hash_of("run"), commit=hash_of("commit"), rejects=True)
+
+
 def board_entries() -> st.SearchStrategy[tuple[bytes, bytes, float]]:
     pack = msgpack.packb
     subkeys = st.sampled_from([pack(peer("a")), pack(None), b"", pack([1]), pack("x")]) | st.binary(
@@ -359,6 +362,7 @@ TARGETS: dict[str, Target] = {
     "signed commit record": Target(envelopes(COMMIT), open_as(records.Commit), OWN),
     "envelope": Target(envelopes(HEARTBEAT), parse_envelope, OWN),
     "heartbeat": Target(envelopes(HEARTBEAT), observe, ()),
+    "gate vote": Target(envelopes(GATE_VOTE), open_as(records.GateVote), OWN),
     "board entry": Target(board_entries(), validate, ()),
     "spec": Target(spec_texts(), lambda text: parse_spec(text, source="a peer"), (SpecError,)),
     "state manifest": Target(messages(STATE_VALUES), parse_state_manifest, (RecordError, ValueError)),

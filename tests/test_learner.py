@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from peer.data import DataConfig, TaskData, load_task_data
 from peer.evaluate import evaluate_classifier
 from peer.finetune import Budget, FinetuneConfig
+from peer.gate import rejects
 from peer.learner import Learner
 from peer.model import load_backbone
 from tests.tiny_models import make_model_dir, make_texts
@@ -99,3 +102,36 @@ def test_it_stops_when_told_and_counts_what_was_done(model_dir: Path, data: Task
     result = learner.finetune(Budget(80, None), round_=1, should_stop=lambda: next(answers))
     assert 0 < result.num_examples < 80
     assert result.stop_reason == "stopped"
+
+
+def test_what_is_scored_row_by_row_has_the_score_as_its_mean(model_dir: Path, data: TaskData) -> None:
+    learner = make_learner(model_dir, data)
+    base = learner.evaluate_base(1)
+    assert base.errors.shape == (learner.num_held_out,)
+    assert set(base.errors) <= {0.0, 1.0}
+    assert 1.0 - base.errors.mean() == pytest.approx(base.head_only)
+
+
+@pytest.mark.parametrize("head_init", ["probe", "keep", "fresh"])
+def test_a_fitted_head_is_kept_with_the_model_and_not_in_it(
+    model_dir: Path, data: TaskData, tmp_path: Path, head_init: str
+) -> None:
+    """Whatever head the round begins with, what is saved has the fitted one, and the score it promises."""
+    learner = make_learner(model_dir, data, head_init)
+    base = learner.evaluate_base(1)
+    head = learner.head_state()
+    learner.save_task_model(tmp_path, base.probe)
+    assert all(torch.equal(tensor, head[name]) for name, tensor in learner.head_state().items())
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    accuracy = evaluate_classifier(learner.task, saved, learner._held_out, learner.tokenizer, bf16=False)
+    assert base.fitted == pytest.approx(accuracy)
+    assert learner.evaluate_own().fitted is None
+
+
+def test_a_backbone_without_finite_features_is_right_about_nothing(model_dir: Path, data: TaskData) -> None:
+    learner = make_learner(model_dir, data)
+    learner.load_backbone(torch.full_like(learner.export_backbone(), torch.nan))
+    ruined = learner.evaluate_base(2)
+    assert (ruined.head_only, ruined.classifier, ruined.fitted) == (0.0, 0.0, None)
+    assert ruined.errors.mean() == 1.0
+    assert rejects("classification", np.zeros(learner.num_held_out), ruined.errors, 0.01)

@@ -26,7 +26,7 @@ def test_toml_round_trip_keeps_the_digest() -> None:
 
 def test_canonical_form_is_pinned() -> None:
     """Every release must give this digest to this spec: it names the run."""
-    assert make_spec().digest == "71309f4efabb3318f5ba86853331661c61aacb11452195d53239a4e57896f969"
+    assert make_spec().digest == "6f8b8e44f1ed9202a2a422eb2e72ad39ee23ee4f2002fb2777033e6fde443e93"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,15 @@ def test_any_change_gives_another_digest(change: dict[str, Any]) -> None:
         ({"round_limit_seconds": float("inf")}, "key 'round_limit_seconds'"),
         ({"run_name": "../x"}, "key 'run_name'"),
         ({"format": 1}, "key 'format'"),
+        ({"gate": "on"}, "key 'gate'"),
+        ({"gate_level": 0.0}, "key 'gate_level'"),
+        ({"gate_share": 0.49}, "key 'gate_share'"),  # a minority must not undo rounds
+        ({"gate_share": 1.0}, "key 'gate_share'"),
+        ({"gate_min_voters": 1}, "key 'gate_min_voters'"),  # nor a single voice
+        ({"gate_vote_seconds": 0.0}, "key 'gate_vote_seconds'"),
+        ({"gate_leaves_out": "everybody"}, "key 'gate_leaves_out'"),
+        ({"gate_left_out_rounds": 0}, "key 'gate_left_out_rounds'"),
+        ({"gate_max_rollbacks": 0}, "key 'gate_max_rollbacks'"),
         ({"round_examples": 10**400}, "key 'round_examples'"),
         ({"min_peers": 9, "max_peers": 8}, "min_peers (9) is larger than max_peers (8)"),
         ({"outer_optimizer": "adam"}, "outer_lr 1 is too large for adam"),

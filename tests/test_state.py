@@ -30,11 +30,14 @@ from peer.layout import TensorLayout, make_manifest
 from peer.state import (
     Checkpoint,
     CheckpointStore,
+    KeptModel,
     append_json_line,
+    kept_score,
     recover_directory,
     repair_json_lines,
     replace_directory,
     write_model_card,
+    write_task_card,
 )
 
 RUN = "ab" * 32
@@ -824,3 +827,16 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
                 assert list(file.keys())
         else:
             json.loads(path.read_text())
+
+
+def test_the_card_of_the_own_classifier_says_which_one_it_is(tmp_path: Path) -> None:
+    kept = KeptModel("your own finetuned backbone with its head", 3, "accuracy", 0.8125, 160)
+    assert kept_score(tmp_path, "accuracy") is None
+    write_task_card(tmp_path, kept)
+    assert kept_score(tmp_path, "accuracy") == 0.8125
+    assert kept_score(tmp_path, "pearson") is None  # a score of another metric is no measure
+    text = (tmp_path / "README.md").read_text()
+    assert "This is your own finetuned backbone with its head, of round 3." in text
+    assert "0.8125" in text
+    (tmp_path / "kept.json").write_text("[1]")
+    assert kept_score(tmp_path, "accuracy") is None
