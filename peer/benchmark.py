@@ -2,7 +2,7 @@
 
 Every choice (learning rate, penalty of the probe) is made on validation rows; the test rows are read once,
 with what was chosen. Finetuning and the start of the head are those of a real peer (`peer.finetune`,
-`peer.evaluate.init_head`). Two encoders with the same config see the same rows in the same order.
+`peer.evaluate.fit_head`). Two encoders with the same config see the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coordinator.errors import UsageError
 from peer.data import DataConfig, TaskData, load_task_data, tokenize
-from peer.evaluate import Features, extract_features, fit_probe, init_head, predict
+from peer.evaluate import Features, Probe, extract_features, fit_head, fit_probe, predict, write_probe
 from peer.finetune import Budget, FinetuneConfig, finetune
 from peer.layout import TensorLayout, make_manifest
 from peer.memory import release_freed_memory
@@ -237,13 +237,13 @@ class Benchmark:
 
     def finetune(self) -> Score:
         budget = Budget(self._config.finetune_examples)
-        return self._tuned("finetune", 0, self._data.train, self._train_features, budget)
+        return self._tuned("finetune", 0, self._data.train, budget)
 
     def few_shot(self) -> list[Score]:
         scores = []
         for draw, train in enumerate(self._data.few_shot):
             budget = Budget(self._config.few_shot_epochs * len(train))
-            scores.append(self._tuned("few_shot", draw, train, self._features(train), budget))
+            scores.append(self._tuned("few_shot", draw, train, budget))
         return scores
 
     @cached_property
@@ -260,11 +260,20 @@ class Benchmark:
         import_backbone(self._model, self._encoder.layout, self._encoder.flat)
         load_head_state(self._model, self._first_head)
 
-    def _tuned(self, method: Method, draw: int, train: Dataset, features: Features, budget: Budget) -> Score:
+    def _tuned(self, method: Method, draw: int, train: Dataset, budget: Budget) -> Score:
         """Finetune with each learning rate; the test rows see the one that validation rows like best."""
+        self._reset()
+        head = fit_head(
+            self._model,
+            self._data.task,
+            train,
+            self._tokenizer,
+            self._config.seed,
+            on_progress=self._progress(len(train)),
+        )
         best: _Trained | None = None
         for learning_rate in self._config.learning_rates:
-            self._train(train, features, learning_rate, budget, seed=self._config.seed + 1_000 * draw)
+            self._train(train, head, learning_rate, budget, seed=self._config.seed + 1_000 * draw)
             logits = self._logits(self._data.validation)
             value = self._value(np.asarray(self._data.validation["labels"]), logits)
             if best is None or value > best.validation_score:
@@ -276,11 +285,9 @@ class Benchmark:
         predictions = label_ids(self._logits(self._data.test))
         return self._score(method, draw, predictions, best.learning_rate, best.validation_score)
 
-    def _train(
-        self, train: Dataset, features: Features, learning_rate: float, budget: Budget, seed: int
-    ) -> None:
+    def _train(self, train: Dataset, head: Probe, learning_rate: float, budget: Budget, seed: int) -> None:
         self._reset()
-        init_head(self._model, self._data.task, features, self._config.seed)
+        write_probe(self._model, head)
         finetune(
             self._model,
             train,

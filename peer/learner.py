@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peer.data import TaskData, tokenize
-from peer.evaluate import Features, Probe, extract_features, fit_probe, write_probe
+from peer.evaluate import Features, Probe, extract_features, fit_head, fit_probe, write_probe
 from peer.finetune import Budget, FinetuneConfig, FinetuneResult, finetune
 from peer.layout import TensorLayout
 from peer.memory import release_freed_memory
@@ -131,14 +131,23 @@ class Learner:
         return self._evaluate(is_base=False, on_progress=on_progress)
 
     def _evaluate(self, *, is_base: bool, on_progress: Progress) -> Evaluation:
-        share = len(self._probe_train) / (len(self._probe_train) + len(self._held_out))
+        end = 0.6 if is_base else 1.0  # then a head is fitted, to features of its own
+        share = end * len(self._probe_train) / (len(self._probe_train) + len(self._held_out))
         train = self._features(self._probe_train, lambda f: on_progress(f * share))
-        held_out = self._features(self._held_out, lambda f: on_progress(share + f * (1 - share)))
+        held_out = self._features(self._held_out, lambda f: on_progress(share + f * (end - share)))
         if not all(np.isfinite(f).all() for s in (train, held_out) for f in (s.pooled, s.head_input)):
             return self._ruined(held_out)
         probe, logits = None, self._logits(held_out)
         if is_base:
-            probe = fit_probe(self.task, train.head_input, train.labels, seed=self._seed)
+            probe = fit_head(
+                self.model,
+                self.task,
+                self._probe_train,
+                self.tokenizer,
+                self._seed,
+                bf16=self._config.bf16,
+                on_progress=lambda f: on_progress(0.6 + 0.4 * f),
+            )
         if probe is not None and self._config.head_init == "probe":
             write_probe(self.model, probe)
             logits = probe.predict(held_out.head_input)

@@ -59,7 +59,7 @@ def run_job(job: Job) -> float:
         for round_ in range(job.num_rounds):
             seed = job.seed + 1_000 * round_
             reset_head(model, seed)
-            init_head(model, data.task, extract_features(model, train, tokenizer), seed)
+            init_head(model, data.task, train, tokenizer, seed)
             finetune(model, train, tokenizer, job.finetune, Budget(job.round_examples, None), seed=seed)
     if job.kind == "finetuned":
         return evaluate_classifier(data.task, model, test, tokenizer)

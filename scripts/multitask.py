@@ -20,7 +20,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from coordinator.errors import UsageError
 from peer.data import DataConfig, TaskData, load_task_data, tokenize
-from peer.evaluate import autocast, extract_features, init_head, model_columns
+from peer.evaluate import autocast, init_head, model_columns
 from peer.finetune import FinetuneConfig, learning_rate_factor, make_optimizer, plan_batches, task_loss
 from peer.layout import TensorLayout
 from peer.model import (
@@ -99,8 +99,7 @@ def multitask(
     if config.head_init == "probe":
         for number, (name, model) in enumerate(models.items()):
             rows = _some(train[name], probe_examples, seed + number)
-            features = extract_features(model, rows, tokenizer, bf16=config.bf16)
-            init_head(model, data[name].task, features, seed)
+            init_head(model, data[name].task, rows, tokenizer, seed, bf16=config.bf16)
     lengths = {name: list(rows["length"]) for name, rows in train.items()}
     batches = plan_tasks(lengths, config.per_device_train_batch_size, num_examples, seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

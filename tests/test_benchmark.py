@@ -151,7 +151,7 @@ def test_finetuning_is_that_of_a_peer_with_the_learning_rate_that_validation_lik
     expected: dict[float, tuple[float, float]] = {}
     for learning_rate in CONFIG.learning_rates:
         model = load_classifier(encoder.model_dir, BINARY, seed=0)
-        init_head(model, BINARY, extract_features(model, data.train, tokenizer), 0)
+        init_head(model, BINARY, data.train, tokenizer, 0)
         settings = CONFIG.finetune_config(learning_rate)
         finetune(model, data.train, tokenizer, settings, Budget(48), seed=0)
         validation, test = (

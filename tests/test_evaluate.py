@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from peer.evaluate import (
     Features,
     autocast,
     bf16_supported,
+    cross_entropy,
     evaluate_classifier,
     extract_features,
+    fit_head,
     fit_probe,
     head_only_score,
     init_head,
@@ -49,13 +52,57 @@ def test_after_init_head_the_classifier_predicts_what_the_probe_does(
     is_regression = task.kind == "regression"
     train = make_dataset(tokenizer, 60, seed=1, is_regression=is_regression)
     test = make_dataset(tokenizer, 30, seed=2, is_regression=is_regression)
-    probe = init_head(model, task, extract_features(model, train, tokenizer, bf16=False), seed=0)
+    probe = init_head(model, task, train, tokenizer, 0, bf16=False)
     features = extract_features(model, test, tokenizer, bf16=False)
     logits = predict(model, test, tokenizer, bf16=False)
     np.testing.assert_allclose(logits, probe.predict(features.head_input), atol=1e-4)
     accuracy = evaluate_classifier(task, model, test, tokenizer, bf16=False)
     assert accuracy == pytest.approx(score(task, logits, features.labels))
     assert torch.equal(export_backbone(model), before)
+
+
+def test_a_head_to_start_from_is_not_surer_of_itself_in_training_than_chance(
+    model_dirs: dict[str, Path],
+) -> None:
+    """Features that vary little around a large mean, as those of the first token do after some rounds."""
+    tokenizer = load_tokenizer(model_dirs["bert"])
+    model = load_classifier(model_dirs["bert"], BINARY, seed=0)
+    with torch.no_grad():
+        model.bert.pooler.dense.weight.mul_(0.02)
+        model.bert.pooler.dense.bias.fill_(1.0)
+    train = make_dataset(tokenizer, 120, seed=1)
+    in_training = extract_features(model, train, tokenizer, bf16=False, dropout_seed=7)
+    calm = extract_features(model, train, tokenizer, bf16=False)
+    assert calm.head_input.std(axis=0).mean() < 0.05 * calm.head_input.mean()
+    of_calm = fit_probe(BINARY, calm.head_input, calm.labels, seed=0)
+    head = fit_head(model, BINARY, train, tokenizer, 0, bf16=False)
+    losses = [
+        cross_entropy(probe.predict(in_training.head_input), in_training.labels) for probe in (of_calm, head)
+    ]
+    assert losses[0] > 2 * math.log(2)
+    assert losses[1] < 1.05 * math.log(2)
+
+
+def test_features_with_dropout_are_drawn_from_their_seed_alone(model_dirs: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(model_dirs["bert"])
+    model = load_classifier(model_dirs["bert"], BINARY, seed=0)
+    dataset = make_dataset(tokenizer, 20, seed=3)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    one, same, other = (
+        extract_features(model, dataset, tokenizer, bf16=False, dropout_seed=seed).head_input
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.rand(1), expected)
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_cross_entropy_by_hand() -> None:
+    """Probabilities 3/4 and 1/2 of the right label."""
+    logits = np.array([[math.log(3), 0.0], [5.0, 5.0]])
+    assert cross_entropy(logits, np.array([0, 1])) == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
