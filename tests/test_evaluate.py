@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_a_head_to_start_from_is_not_surer_of_itself_in_training_than_chance(
 ) -> None:
     """Features that vary little around a large mean, as those of the first token do after some rounds."""
     tokenizer = load_tokenizer(model_dirs["bert"])
-    model = load_classifier(model_dirs["bert"], BINARY, seed=0)
+    model: Any = load_classifier(model_dirs["bert"], BINARY, seed=0)
     with torch.no_grad():
         model.bert.pooler.dense.weight.mul_(0.02)
         model.bert.pooler.dense.bias.fill_(1.0)
