@@ -158,7 +158,8 @@ def fit_head(
     itself, and it gets worse from round to round: fitted to features without dropout, it weighs what varies
     little very much; under dropout its loss is then above chance, the gradient shrinks the features to calm
     it, and the next head weighs them more (docs/experiments.md: 0.18 to 0.01 in 8 rounds). So the head is
-    fitted to features with dropout, and scaled down by what lowers its loss on a quarter that it has not seen.
+    fitted to features with dropout, and scaled down by what lowers its loss on a quarter that it has not
+    seen.
     """
     features = extract_features(
         model, train, tokenizer, bf16=bf16, dropout_seed=seed, on_progress=on_progress
