@@ -61,8 +61,11 @@ class GateVotes:
         await self._tell([envelope])
 
     async def tell_all(self, commit: str) -> None:
-        """Every vote that is held: before a roll-back, so that who missed one comes to the same verdict."""
-        held = [votes[commit].values() for votes in self._votes.values() if commit in votes]
+        """Every member's vote that is held: before a roll-back, so that who missed one comes to the same
+        verdict. Not those of strangers: with them the message may be longer than anybody takes.
+        """
+        members = self._chain().cohort
+        held = [v[commit].values() for peer, v in self._votes.items() if commit in v and peer in members]
         await self._tell([envelope for envelopes in held for envelope in envelopes])
 
     def close(self, commit: str) -> None:
@@ -114,6 +117,8 @@ class GateVotes:
         author, vote = open_envelope(envelope, GateVote)
         if vote.run != self._chain().spec.digest or not isinstance(envelope, dict):
             raise RecordError("a vote of another run")
+        if envelope["payload"].encode(errors="replace") != vote.canonical():  # padded: too long to be told on
+            raise RecordError("a vote that is not written as all are")
         if vote.commit in self._late:
             logger.info("a vote of %s came too late", author[-8:])
             return

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ class FrameStream:
         self._protocol.transport = transport
         transport.set_write_buffer_limits(high=0)
         _enlarge_buffers(transport)
+
+    @property
+    def heard_at(self) -> float:
+        """When bytes came last, of a frame that is not complete as well; by time.monotonic()."""
+        return self._protocol.heard_at
 
     def describe(self, about: About) -> None:
         """Of the next frame, for the ledger."""
@@ -164,6 +170,7 @@ class _FrameProtocol(asyncio.BufferedProtocol):
         self._reading: asyncio.Future[_Frame] | None = None
         self._draining: asyncio.Future[None] | None = None
         self._is_paused = self._is_closed = False
+        self.heard_at = time.monotonic()
 
     async def read_frame(self, room: _Room) -> _Frame:
         """The next one, read to what `room` gives. Raises EOFError when the stream ends before."""
@@ -198,6 +205,7 @@ class _FrameProtocol(asyncio.BufferedProtocol):
         return self._target[self._num_read :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        self.heard_at = time.monotonic()
         self._num_read += nbytes
         self._advance()
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 
-CHUNK_BYTES = 64 * 1024  # of a long message, so that several receivers share the rate evenly
+CHUNK_BYTES = 16 * 1024  # of a long message: each of many receivers hears of it often enough
 
 
 class Throttle:
@@ -18,6 +18,7 @@ class Throttle:
     def __init__(self, bytes_per_second: float | None) -> None:
         """None: as fast as the line takes it."""
         self._rate = bytes_per_second
+        self._turn = asyncio.Lock()
         self._level, self._at = 0.0, time.monotonic()  # bytes that may leave now; negative: a debt
 
     @property
@@ -34,11 +35,12 @@ class Throttle:
         """Until so many bytes may leave. At most a chunk's worth is saved up while nothing is sent."""
         if self._rate is None:
             return
-        self._refill(self._rate)
-        while self._level < 0:
-            await asyncio.sleep(-self._level / self._rate)
+        async with self._turn:  # who came first goes first: else a stream may seem silent by bad luck
             self._refill(self._rate)
-        self._level -= num_bytes
+            while self._level < 0:
+                await asyncio.sleep(-self._level / self._rate)
+                self._refill(self._rate)
+            self._level -= num_bytes
 
     def _refill(self, rate: float) -> None:
         now = time.monotonic()

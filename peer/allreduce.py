@@ -85,6 +85,7 @@ STALL_FACTOR = 4.0  # times what the measured rate of the link predicts
 OPENING_FACTOR = 2.0  # times what opening a stream to that peer took: several round trips
 UNMEASURED_BYTES_PER_SECOND = 125_000.0  # 1 Mbit/s: the slowest link that is meant to work
 STRAGGLER_FACTOR = 20.0  # times what the median sender took, for the slowest one
+TRICKLE_FACTOR = 20.0  # times what the rate predicts, for a part of which bytes come all the time
 ALIVE_SECONDS = 0.5  # a reducer that waits for others says so this often
 GROUP_WAIT_SECONDS = 5.0  # a sender may be ahead of our own start
 OPEN_SECONDS = 5.0  # one attempt to open a stream
@@ -131,7 +132,8 @@ class Reduced:
     manifests: Mapping[str, bytes]  # signed, by sender: those that this member has seen as a reducer
     residuals: Mapping[int, torch.Tensor]  # by part: the own error feedback as a reducer, once committed
     traffic: Traffic  # goes on while slower members take the rest of the results
-    gram: np.ndarray | None = None  # (n, n) float64 inner products; NaN for who did not deliver all
+    # (n, n) float64 inner products of what came; NaN for who did not count anywhere
+    gram: np.ndarray | None = None
 
 
 class ToldTwoThings(GroupFailed):
@@ -419,6 +421,15 @@ class _Exchange:
         limit = STALL_FLOOR_SECONDS + STALL_FACTOR * num_bytes / self.service.rate(peer_id)
         return min(limit + self.service.link_seconds(peer_id), self.rules.limit_seconds)
 
+    def part_limit(self, peer_id: str, num_bytes: int) -> float:
+        """Seconds in which `num_bytes` must be here in full, though some of them come all the time.
+
+        A peer shares its link among all of its streams, so a part may take many times what the rate of the
+        whole link predicts (`--max-upload-mbps`); but bytes that trickle in must not hold up a round.
+        """
+        slack = (TRICKLE_FACTOR - STALL_FACTOR) * num_bytes / self.service.rate(peer_id)
+        return min(self.stall_limit(peer_id, num_bytes) + slack, self.rules.limit_seconds)
+
     async def notify(self) -> None:
         async with self.changed:
             self.changed.notify_all()
@@ -515,8 +526,8 @@ class _Exchange:
             _STATEMENT: MAX_SIGNED_BYTES,
         }
         while True:
-            async with asyncio.timeout(self.stall_limit(member, num_bytes)):
-                kind, payload = await stream.receive(accepted, self._room_for_result(member, scratch))
+            room = self._room_for_result(member, scratch)
+            kind, payload = await self._receive_in_time(stream, member, num_bytes, accepted, room)
             if kind == _RESULT:
                 self.take_result(member, payload)
             elif kind == _FIGURES:
@@ -524,6 +535,28 @@ class _Exchange:
             elif kind == _STATEMENT:
                 self.take_statement(member, bytes(payload))
                 return
+
+    async def _receive_in_time(
+        self,
+        stream: FrameStream,
+        member: str,
+        num_bytes: int,
+        accepted: Mapping[int, int],
+        room: Mapping[int, memoryview],
+    ) -> tuple[int, bytearray | memoryview]:
+        """The next frame. Raises TimeoutError when nothing comes for too long, or not all of it."""
+        since = time.monotonic()
+        silence, ends_at = self.stall_limit(member, num_bytes), since + self.part_limit(member, num_bytes)
+        receiving = asyncio.ensure_future(stream.receive(accepted, room))
+        try:
+            while not receiving.done():
+                left = min(max(since, stream.heard_at) + silence, ends_at) - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                await asyncio.wait({receiving}, timeout=left)
+            return receiving.result()
+        finally:
+            receiving.cancel()
 
     def _room_for_result(self, member: str, scratch: memoryview) -> dict[int, memoryview]:
         """Where the next result can be read to: of a lossless codec its place, without a copy."""
@@ -633,9 +666,17 @@ class _Exchange:
                 raise GroupFailed(culprit, f"told {member[-8:]} and me different figures")
 
     def _check_late_gram(self, member: str, statement: Statement) -> None:
-        """Lengths as the manifests promise, and products that such vectors can have. Raises GroupFailed."""
-        figures = figures_of(statement)
-        squared_norms = self.reducer.squared_norms(self._owned[member])
+        """Lengths as the manifests promise, of the parts that came, and products that such vectors can have.
+
+        Raises GroupFailed.
+        """
+        figures, parts = figures_of(statement), self._owned[member]
+        squared_norms = [
+            self.reducer.squared_norm(index, parts[: report.num_parts])
+            for index, report in enumerate(statement.senders)
+        ]
+        if figures is not None and not np.isfinite(figures).all():
+            raise GroupFailed(member, "told inner products that are no numbers")
         if figures is not None and (problem := figures_problem(figures, squared_norms)):
             raise GroupFailed(member, f"told inner products that cannot be: {problem}")
 
@@ -676,6 +717,10 @@ class _Exchange:
         for _, statement in sorted(statements.items()):
             figures = figures_of(statement)
             total = total + (np.full((size, size), np.nan) if figures is None else figures)
+        # By the reducers' weights: a record's factor is the lowest, 0 also for who counted at most of them.
+        weights = [[s.senders[index].weight for s in statements.values()] for index in range(size)]
+        uncounted = [index for index in range(size) if not any(weights[index])]
+        total[uncounted, :] = total[:, uncounted] = np.nan
         return total
 
     def _contributions(self, statements: Mapping[str, Statement]) -> tuple[Contribution, ...]:
@@ -764,10 +809,11 @@ class _Reducer:
 
     def squared_norms(self, parts: range) -> list[float | None]:
         """Of these parts, of each member, in the order of the group; None where no manifest is here."""
-        return [
-            None if s.manifest is None else math.fsum(s.manifest.squared_norms[part] for part in parts)
-            for s in self._senders
-        ]
+        return [self.squared_norm(index, parts) for index in range(len(self._senders))]
+
+    def squared_norm(self, index: int, parts: range) -> float | None:
+        manifest = self._senders[index].manifest
+        return None if manifest is None else math.fsum(manifest.squared_norms[part] for part in parts)
 
     def signed_manifests(self) -> dict[str, bytes]:
         return {s.peer_id: s.signed_manifest for s in self._senders if s.manifest is not None}
@@ -831,7 +877,8 @@ class _Reducer:
         since = max(sender.changed_at, waiting_since)
         if sender.stream is None:
             return since + self._grace(sender)
-        silent = since + self._exchange.stall_limit(sender.peer_id, num_bytes)
+        heard = max(since, sender.stream.heard_at) + self._exchange.stall_limit(sender.peer_id, num_bytes)
+        silent = min(heard, since + self._exchange.part_limit(sender.peer_id, num_bytes))
         took = sorted(s.finished_at - s.started_at for s in self._senders if s.finished_at is not None)
         if not took or sender.manifest is None:
             return silent
@@ -899,12 +946,9 @@ class _Reducer:
         return data
 
     def _add_to_gram(self, present: Sequence[int], values: Sequence[torch.Tensor]) -> None:
-        """Who is not in one part of the result is in no inner product: NaN from here on."""
-        if self._late_gram is None:
-            return
-        absent = [index for index in range(len(self._senders)) if index not in present]
-        self._late_gram[absent, :] = self._late_gram[:, absent] = np.nan
-        self._late_gram[np.ix_(present, present)] += gram_matrix(values)
+        """Of what came: else to keep back one part would hide what is in all the others from the gate."""
+        if self._late_gram is not None:
+            self._late_gram[np.ix_(present, present)] += gram_matrix(values)
 
     def _feedback(self, part: int, result: torch.Tensor) -> torch.Tensor | None:
         """What earlier results of this part left; nothing where the norm cap would make a liar of me.

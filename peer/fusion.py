@@ -87,6 +87,9 @@ def fuse(
         if residual is not None:
             new_residuals[part] = residual
     gram = np.sum(figures, axis=0) if figures else None
+    if gram is not None:
+        uncounted = [index for index in range(len(members)) if index not in counting]
+        gram[uncounted, :] = gram[:, uncounted] = np.nan
     return Fusion(plan, tuple(results), new_residuals, gram)
 
 

@@ -117,15 +117,16 @@ def most_deviant(
 ) -> Exclusion | None:
     """Whom to leave out after a round was undone; None where nothing tells the contributions apart.
 
-    contributions: of the commit, in its order. gram: (n, n) float64 inner products in the same order, NaN for
-    who did not deliver all; the same bits on every member, so all choose the same. At least `min_left`
+    contributions: of the commit, in its order. gram: (n, n) float64 inner products in the same order, of what
+    each delivered (NaN: it did not count); the same bits on every member, so all choose the same. Who
+    kept back a part is not safe by that: its cosines are nearer to 0, on the same side. At least `min_left`
     contributors stay. First whose norm is over three times the median; then whose median cosine to the others
     is lowest. (Medians, as for screening: liars cannot turn them by being long.)
     """
     if len(contributions) - 1 < max(min_left, 2) or gram is None or len(gram) != len(contributions):
         return None
     lengths = [math.sqrt(gram[i, i]) if gram[i, i] > 0 else 0.0 for i in range(len(gram))]  # 0 for a NaN
-    usable = [i for i, length in enumerate(lengths) if length > 0 and contributions[i].factor > 0]
+    usable = [i for i, length in enumerate(lengths) if length > 0]
     if len(usable) < 3:  # of two each is as far from the other
         return None
     return _too_long(contributions, lengths, usable) or _least_alike(contributions, gram, lengths, usable)

@@ -248,7 +248,8 @@ def _add_manners_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-upload-mbps",
         type=float,
         metavar="M",
-        help=f"send at most so many megabits per second, on average; at least {MIN_UPLOAD_MBPS:g}",
+        help="send at most so many megabits per second, on average; "
+        f"at least {MIN_UPLOAD_MBPS:g}, and more in groups of more than four",
     )
     group.add_argument(
         "--nice", type=int, metavar="N", help="lower priority of this process and its daemon: 0 to 19"

@@ -440,11 +440,14 @@ class Session:
         """Use no processor until manners allow it, or the others have gone on: their state is taken over."""
         agreement = self._agreement
         self._in_network(agreement.set_phase("paused"))
-        while self._must_rest and not (self._is_rejected or agreement.is_overtaken):
+        while self._must_rest and not self._is_rejected:
             if isinstance(agreement.decide(), CatchUp | Stop):
                 return
             self._stop.wait(0.5)
             self._check_daemon()
+            self._check_admission()
+            if agreement.is_overtaken:  # asked last: where nobody holds that chain any more, it rests on
+                return
 
     def _should_stop_training(self, part: int) -> bool:
         """Told to stop, the round's deadline is near, the others have gone on, or a lone peer has company.
@@ -652,9 +655,11 @@ class Session:
         """Propose it, or follow whoever does so before me."""
         self._in_network(self._agreement.set_phase("evaluating"))
         self._stop.wait(random.SystemRandom().uniform(0.0, ROLLBACK_PAUSE_SECONDS))
+        tip = self._agreement.chain.tip
         if self._agreement.is_overtaken or isinstance(self._agreement.decide(), CatchUp):
             self._catch_up()
-            return
+            if self._agreement.chain.tip != tip:  # else the claim was empty, and must not hold this up
+                return
         chain, reason = self._agreement.chain, "a reducer lied"
         if not self._has_liar(chain):
             reason = self._gatekeeper.reason(chain)

@@ -97,6 +97,13 @@ class Audits:
         for network, service in zip(self.swarm.networks, self.services, strict=True):
             network.run(checked(service), timeout_seconds=CALL_SECONDS)
 
+    def wait_for_convictions(self, indices: Sequence[int]) -> None:
+        """An accusation is on its way to the others when the audit that makes it ends."""
+        ends_at = time.monotonic() + CALL_SECONDS
+        while time.monotonic() < ends_at and not all(self.convicted[index] for index in indices):
+            time.sleep(0.01)
+        self.settle()
+
     def forget(self) -> None:
         for service, convicted in zip(self.services, self.convicted, strict=True):
             service._record = None
@@ -262,7 +269,7 @@ def test_a_reducer_that_invents_its_feedback_is_convicted_by_its_signatures(audi
     liar = group.members[VICTIM]
     assert judge(audits.collect(0, records[0], liar, part), RUN) == ""
     audits.audit(0, num_parts=0)
-    audits.settle()
+    audits.wait_for_convictions((0, 2, 3))
     for index in (0, 2, 3):
         [(reducer, why, round_)] = audits.convicted[index]
         assert (reducer, round_) == (liar, 2)
@@ -341,8 +348,8 @@ def test_a_lying_reducer_is_found_and_everybody_convinced(
     assert len({result.flat.numpy().tobytes() for result in results}) == 1  # so it was committed
     audits.keep(results, outgoing, ("mean", "none"))
     audits.audit(0)
-    audits.settle()
     honest = [index for index in range(NUM_PEERS) if index != VICTIM]
+    audits.wait_for_convictions(honest)
     for index in honest:
         [(reducer, why, round_)] = audits.convicted[index]
         assert (reducer, round_) == (liar, 1)

@@ -15,18 +15,21 @@ from hypothesis import strategies as st
 
 from coordinator.chain import Chain
 from coordinator.network import Network, PeerUnreachable
+from coordinator.records import _SIGNATURE_DOMAIN as SIGNATURE_DOMAIN
 from coordinator.records import (
     Commit,
     Contribution,
     Exclusion,
     GateVote,
     RecordError,
+    Signed,
     SignedCommit,
     sign,
     signature_text,
 )
 from coordinator.rounds import LEFT_OUT, Finetune, Fuse, Standing, decide
-from peer.allreduce import Rules
+from peer.allreduce import _PART as PART_FRAME
+from peer.allreduce import Rules, _Exchange
 from peer.display import Reporter
 from peer.gate import Verdict, most_deviant, p_value, rejects, verdict
 from peer.gatekeeper import Gatekeeper
@@ -39,6 +42,7 @@ from tests.fakes import (
     hash_of,
     identity,
     make_commit,
+    make_heartbeat,
     make_member,
     make_spec,
     peer,
@@ -262,12 +266,18 @@ def test_whom_nobody_can_tell_apart() -> None:
 
 def test_who_was_screened_out_did_no_harm() -> None:
     gram = gram_of(*ALIKE, [-1.0, 0.0, 0.0])
+    gram[4] = gram[:, 4] = np.nan
     named = most_deviant(contributions("abcde", e=0.0), gram, min_left=2)
     assert named is not None
     assert named.peer == peer("d")
-    gram[4] = gram[:, 4] = np.nan  # nor who did not deliver all
-    again = most_deviant(contributions("abcde"), gram, min_left=2)
-    assert again == named
+
+
+def test_a_reducer_that_dropped_a_contribution_does_not_hide_what_the_others_took() -> None:
+    """The record's factor is the lowest of all reducers'; half of its values counted all the same."""
+    gram = gram_of(*ALIKE, [-0.5, 0.0, 0.0])
+    named = most_deviant(contributions("abcde", e=0.0), gram, min_left=2)
+    assert named is not None
+    assert named.peer == peer("e")
 
 
 # the chain: for how long
@@ -403,6 +413,47 @@ def test_votes_reach_all_and_only_members_and_one_bit_each_counts(tmp_path: Path
         a.run(a.agreement.gate_votes.tell_all(chain.tip))
         b.run(b.agreement.gate_votes.tell_all(chain.tip))
         assert [m.agreement.gate_votes.of(chain.tip) for m in (a, b)] == counts[:2]
+
+
+def test_votes_of_strangers_do_not_crowd_out_those_of_members(tmp_path: Path) -> None:
+    """Whoever is here may vote before I know who made the round; what I tell on are members' votes."""
+    spec = make_spec(lease_seconds=10.0, created_at=Network.now(), max_peers=2)
+    with swarm(2, tmp_path, spec) as members:
+        chain = settled_chain(members)
+        a, b = members
+        for name in "vwxyz":
+            heartbeat = make_heartbeat(chain.before(), phase="waiting", **lives())
+            signed = json.dumps(sign(heartbeat, identity(name)).to_json()).encode()
+            a.agreement.membership.observe(signed, now=Network.now())
+            bits = [
+                sign(GateVote(run=spec.digest, commit=chain.tip, rejects=bit), identity(name)).to_json()
+                for bit in (True, False)
+            ]
+            b.call(a, "gate_vote", {"votes": bits})
+        for member in members:
+            member.adopt(chain)
+        own = sign(GateVote(run=spec.digest, commit=chain.tip, rejects=True), a.identity).to_json()
+        b.call(a, "gate_vote", {"votes": [own]})
+        a.run(a.agreement.gate_votes.tell_all(chain.tip))
+        assert b.agreement.gate_votes.of(chain.tip) == {a.peer_id: True}
+
+
+def test_a_vote_of_many_blanks_is_refused(tmp_path: Path) -> None:
+    """It would be told on by all, and two of them make a message that nobody takes."""
+    with swarm(2, tmp_path) as members:
+        chain = settled_chain(members)
+        a, b = members
+        for member in members:
+            member.adopt(chain)
+        payload = GateVote(run=chain.spec.digest, commit=chain.tip, rejects=True).canonical() + b" " * 600_000
+        padded = Signed(b.peer_id, payload, b.identity.sign(SIGNATURE_DOMAIN + payload)).to_json()
+        assert_refused(b, a, {"votes": [padded]})
+        assert a.agreement.gate_votes.of(chain.tip) == {}
+
+
+def lives() -> dict[str, float]:
+    now = Network.now()
+    return {"issued_at": now, "expires_at": now + 10.0}
 
 
 def assert_refused(sender: Peer, receiver: Peer, body: Any) -> None:
@@ -556,6 +607,38 @@ def test_all_members_get_the_same_inner_products_without_a_second_phase(codec: s
         plain = members.reduce(members.group(), outgoing)
         assert plain[0].gram is None
         assert torch.equal(plain[0].flat, results[0].flat)  # the result is what it is without
+
+
+def test_who_keeps_back_a_part_is_measured_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last part at each reducer does not fit its manifest, so it is out of that part only."""
+    with exchanges.running_swarm() as members:
+        honest = exchanges.deltas()[1:]
+        common = torch.randn(exchanges.SIZE, generator=torch.Generator().manual_seed(1)) * 0.05
+        deltas = [-common, *(common + delta * 0.5 for delta in honest)]
+        outgoing = members.prepare(deltas)
+        group, liar = members.group(), members.peer_ids[0]
+        last = {parts[-1] for parts in members.owned(group).values()}
+
+        async def send(original: Any, self: Any, stream: Any, part: int) -> None:
+            if part in last:
+                await stream.send(PART_FRAME, bytes(len(self.outgoing.parts[part])))
+            else:
+                await original(self, stream, part)
+
+        exchanges.on_member(monkeypatch, _Exchange, "_send_part", liar, send)
+        rules = Rules("mean", "none", exchanges.LIMIT_SECONDS, has_gram=True)
+        futures = [
+            network.submit(service.reduce(group, own, rules, residuals={}))
+            for network, service, own in zip(members.networks, members.services, outgoing, strict=True)
+        ]
+        results = [future.result(CALL_SECONDS) for future in futures]
+        for result in results:
+            assert result.contributions[0].missing
+            assert result.gram is not None
+            assert np.isfinite(result.gram).all()
+            named = most_deviant(result.contributions, result.gram, min_left=2)
+            assert named is not None
+            assert named.peer == liar
 
 
 # real processes: one of five does harm

@@ -15,11 +15,12 @@ from coordinator.errors import AccessError
 from coordinator.identity import load_identity
 from coordinator.invite import main as invite_main
 from coordinator.network import Network
+from coordinator.spec import RunSpec
 from peer.config import PeerConfig
 from peer.data import DataConfig, load_task_data
 from peer.display import Reporter
 from peer.finetune import FinetuneConfig
-from peer.genesis import make_run
+from peer.genesis import State, make_run
 from peer.manners import Manners
 from peer.session import Session
 from peer.state import CheckpointStore
@@ -33,28 +34,8 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_a_peer_whose_credential_ends_leaves_before_its_next_round(tmp_path: Path) -> None:
     """A session in this process; with the first commit its clock jumps to shortly before the end."""
-    out, key = tmp_path / "mine", tmp_path / "organizer.key"
-    options = {
-        "run_name": "test",
-        "created_at": Network.now(),
-        "num_rounds": 100,
-        "min_peers": 1,
-        "round_examples": 16,
-        "lease_seconds": 10.0,
-        "organizer": load_identity(key).peer_id,
-    }
-    model = make_model_dir(tmp_path / "pretrained")
-    spec, state = make_run(str(model), None, options, out / "base")
-    data = DataConfig(data=str(write_task(tmp_path / "data.jsonl", seed=1)), max_eval_examples=32)
-    config = PeerConfig(
-        output_dir=out,
-        data=data,
-        finetune=FinetuneConfig(per_device_train_batch_size=8, max_length=16, use_cpu=True),
-        host_maddrs=LOOPBACK[1:],
-        organizer_key=key,
-        eval_examples=32,
-        num_threads=1,
-    )
+    config, spec, state = private_run(tmp_path)
+    out, data = config.output_dir, config.data
 
     class Hourglass(Reporter):
         def committed(self, *args: Any, **kwargs: Any) -> None:
@@ -146,3 +127,69 @@ def test_two_with_invites_commit_while_an_outsider_is_refused_and_a_revoked_one_
         assert holder.exit_code is None  # the others go on
         assert starter.exit_code is None
         assert named_id in (tmp_path / "holder" / "revocations.json").read_text()
+
+
+def test_a_peer_that_rests_is_told_as_well_when_its_credential_has_ended(tmp_path: Path) -> None:
+    """Else it would rest, and say so to a run that does not hear it any more, for as long as it likes."""
+
+    class Resting(Reporter):
+        def paused(self, *args: Any, **kwargs: Any) -> None:
+            super().paused(*args, **kwargs)
+            assert session._admission is not None
+            session._admission._now = lambda: Network.now() + OWN_SECONDS + 5.0
+
+    manners, lines = Manners(), io.StringIO()
+    manners._is_told = True
+    config, spec, state = private_run(tmp_path)
+    with StopSwitch(60.0).listening() as stop, CheckpointStore(config.output_dir) as store:
+        data = load_task_data(config.data)
+        session = Session(config, data, store, Resting(True, stream=lines), stop, manners)
+        with pytest.raises(AccessError, match="it ends at"):
+            session.run(spec, state)
+
+
+def test_a_peer_that_rests_does_so_though_nobody_has_the_better_chain_any_more(tmp_path: Path) -> None:
+    """Its holder has left: there is nothing to catch up with, and resting must not become a busy loop."""
+
+    class Counting(Manners):
+        num_asked = 0
+
+        def reason(self) -> str | None:
+            self.num_asked += 1
+            session._agreement.is_overtaken = True
+            assert self.num_asked < 200
+            return "told to pause"
+
+    config, spec, state = private_run(tmp_path)
+    with StopSwitch(20.0).listening() as stop, CheckpointStore(config.output_dir) as store:
+        data = load_task_data(config.data)
+        manners = Counting()
+        session = Session(config, data, store, Reporter(True, stream=io.StringIO()), stop, manners)
+        assert session.run(spec, state) == "the time limit is reached"
+    assert manners.num_asked > 0
+
+
+def private_run(directory: Path) -> tuple[PeerConfig, RunSpec, State]:
+    """Of one peer, the organizer's own."""
+    out, key = directory / "mine", directory / "organizer.key"
+    options = {
+        "run_name": "test",
+        "created_at": Network.now(),
+        "num_rounds": 100,
+        "min_peers": 1,
+        "round_examples": 16,
+        "lease_seconds": 10.0,
+        "organizer": load_identity(key).peer_id,
+    }
+    model = make_model_dir(directory / "pretrained")
+    spec, state = make_run(str(model), None, options, out / "base")
+    config = PeerConfig(
+        output_dir=out,
+        data=DataConfig(data=str(write_task(directory / "data.jsonl", seed=1)), max_eval_examples=32),
+        finetune=FinetuneConfig(per_device_train_batch_size=8, max_length=16, use_cpu=True),
+        host_maddrs=LOOPBACK[1:],
+        organizer_key=key,
+        eval_examples=32,
+        num_threads=1,
+    )
+    return config, spec, state

@@ -8,6 +8,8 @@ import time
 import pytest
 
 from coordinator.throttle import CHUNK_BYTES, Throttle, chunks_of
+from peer import allreduce
+from tests import exchanges
 
 
 def test_bulk_waits_for_its_turn() -> None:
@@ -45,3 +47,19 @@ def test_chunks_are_the_message(length: int) -> None:
     chunks = [bytes(chunk) for chunk in chunks_of(memoryview(data))]
     assert b"".join(chunks) == data
     assert all(0 < len(chunk) <= CHUNK_BYTES for chunk in chunks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_peer_that_sends_slowly_loses_no_part_and_fails_no_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its six streams share half of what one link is expected to give: a part takes longer than a silence."""
+    size, rate = 64 * 16_384, 125_000.0
+    monkeypatch.setattr(allreduce, "STALL_FLOOR_SECONDS", 1.0)
+    monkeypatch.setattr(allreduce, "UNMEASURED_BYTES_PER_SECOND", 2 * rate)
+    with exchanges.running_swarm() as members:
+        members.networks[0].throttle = Throttle(rate)
+        outgoing = members.prepare(exchanges.deltas(size=size))
+        futures = members.start(members.group(), outgoing, limit_seconds=200.0)
+        results = [future.result(250.0) for future in futures]
+    assert [c.missing for result in results for c in result.contributions] == [()] * 16
+    assert len({result.flat.numpy().tobytes() for result in results}) == 1
