@@ -29,7 +29,7 @@ Instant = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LeaseSeconds = Annotated[float, Field(ge=5, le=3600, allow_inf_nan=False)]
 MaxWeight = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**53)]  # bounded, so that it converts to a float
-Aggregation = Literal["mean", "clipped_mean", "trimmed_mean", "median", "centered_clipping"]
+Aggregation = Literal["mean", "clipped_mean", "trimmed_mean", "median", "disjoint_mean", "centered_clipping"]
 # An Ed25519 key, written as libp2p writes the peer id of its holder.
 OrganizerId = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]

@@ -10,9 +10,11 @@ to one part of the vectors. The rules:
 | clipped_mean | the same of x_i min(1, median norm / norm_i) | the clipping of centered_clipping, once |
 | trimmed_mean | per coordinate, without a quarter at each end | Yin et al. 2018, definition 2 |
 | median | per coordinate; of an even number the mean of the middle two | Yin et al. 2018, definition 1 |
+| disjoint_mean | per coordinate, of those with the sign of the sum | TIES: Yadav et al. 2023, steps 2 and 3 |
 | centered_clipping | sum(a_i x_i), see `_centered_clipping` | Karimireddy et al. 2021, algorithm 2 |
 
-Weights count for the two means only: whoever lies about values lies about examples, too.
+Weights count for mean and clipped_mean only: whoever lies about values lies about examples, too. The first
+step of TIES, which drops small values, is left out: what is small is known of a whole contribution only.
 
 Deterministic across machines, so that an audit gets the same bits:
 - `make_plan` computes in float64 with +, -, x, / and square roots, each rounded by IEEE 754, and with
@@ -96,9 +98,9 @@ def combine(rule: str, parts: Sequence[torch.Tensor], weights: Sequence[float]) 
     """One part of the result, (size,) float32, from the parts of those who delivered it.
 
     parts: (size,) float32 each, left as they are. weights: their entries of the plan; weight 0 does not
-    count, and where nobody counts the result is 0. Who did not deliver is not in a mean, trimmed mean or
-    median; for the clipping rules, whose weights sum up over all contributors, it counts as a delta of 0,
-    since what is left of the others must not grow by it. Raises ValueError for other input.
+    count, and where nobody counts the result is 0. Who did not deliver is in none of the means of values, nor
+    in the median; for the clipping rules, whose weights sum up over all contributors, it counts as a delta
+    of 0, since what is left of the others must not grow by it. Raises ValueError for other input.
     """
     _check(parts, weights)
     kept = [(part.numpy(), weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
@@ -112,6 +114,8 @@ def combine(rule: str, parts: Sequence[torch.Tensor], weights: Sequence[float]) 
     if rule == "trimmed_mean":
         num_cut = int(TRIMMED_FRACTION * len(arrays))
         return torch.from_numpy(_mean_of_ranks(arrays, num_cut, len(arrays) - num_cut))
+    if rule == "disjoint_mean":
+        return torch.from_numpy(_disjoint_mean(arrays))
     if rule == "median":
         return torch.from_numpy(_mean_of_ranks(arrays, (len(arrays) - 1) // 2, len(arrays) // 2 + 1))
     raise ValueError(f"unknown rule {rule!r}")
@@ -141,6 +145,18 @@ def _sum(arrays: list[_Array]) -> _Array:
     total = arrays[0].copy()
     for array in arrays[1:]:
         total += array
+    return total
+
+
+def _disjoint_mean(arrays: list[_Array]) -> _Array:
+    """Per coordinate, the mean of those that have the sign of the sum of all; 0 where that is 0."""
+    sign = np.sign(_sum(arrays))
+    total, num = np.zeros_like(arrays[0]), np.zeros_like(arrays[0])
+    for array in arrays:
+        agrees = array * sign > 0
+        total += np.where(agrees, array, np.float32(0.0))
+        num += agrees
+    total /= np.maximum(num, np.float32(1.0))
     return total
 
 
@@ -387,7 +403,7 @@ def _kept(reasons: list[str]) -> list[int]:
 
 
 def _check_whole(rule: str, screening: str, weights: Sequence[float], norms: Sequence[float]) -> None:
-    if rule not in ("mean", "clipped_mean", "trimmed_mean", "median", "centered_clipping"):
+    if rule not in ("mean", "clipped_mean", "trimmed_mean", "median", "disjoint_mean", "centered_clipping"):
         raise ValueError(f"unknown rule {rule!r}")
     if screening not in ("none", "norm", "cosine", "norm_cosine"):
         raise ValueError(f"unknown screening {screening!r}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peer.aggregate import MAX_NORM, combine, make_plan, needs_gram
 
-ALL_RULES = ["mean", "clipped_mean", "trimmed_mean", "median", "centered_clipping"]
+ALL_RULES = ["mean", "clipped_mean", "trimmed_mean", "median", "disjoint_mean", "centered_clipping"]
 ROBUST = ["trimmed_mean", "median"]  # per coordinate
 SCREENINGS = ["none", "norm", "cosine", "norm_cosine"]
 
@@ -74,6 +74,14 @@ def test_median_by_hand() -> None:
     assert combine("median", parts[:1], [1.0]).tolist() == [1.0, 5.0]
 
 
+def test_disjoint_mean_by_hand() -> None:
+    """The sums are 2, -1, 0, 3: who points the other way, or nowhere, is not in the mean."""
+    parts = vectors([4.0, -3.0, 1.0, 0.0], [2.0, -1.0, -1.0, 0.0], [-4.0, 3.0, 0.0, 3.0])
+    assert combine("disjoint_mean", parts, [1.0] * 3).tolist() == [3.0, -2.0, 0.0, 3.0]
+    assert combine("disjoint_mean", parts, [1.0, 9.0, 0.0]).tolist() == [3.0, -2.0, 0.0, 0.0]  # no weights
+    assert not np.signbit(combine("disjoint_mean", vectors([-0.0]), [1.0]).numpy()).any()
+
+
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_where_nobody_counts_the_result_is_zero(rule: str) -> None:
     assert combine(rule, vectors([1.0, 2.0], [3.0, 4.0]), [0.0, 0.0]).tolist() == [0.0, 0.0]
@@ -99,6 +107,9 @@ def reference(rule: str, values: np.ndarray, weights: list[float]) -> np.ndarray
         return np.sort(values, axis=0)[cut : len(values) - cut].mean(axis=0)
     if rule == "median":
         return np.median(values, axis=0)
+    if rule == "disjoint_mean":
+        agrees = values * values.sum(axis=0) > 0
+        return (values * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
     if rule == "clipped_mean":
         norms = np.linalg.norm(values, axis=1)
         clips = np.minimum(1.0, np.sort(norms)[(len(norms) - 1) // 2] / norms)

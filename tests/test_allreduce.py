@@ -42,7 +42,7 @@ from tests.fakes import CALL_SECONDS, hash_of, identity
 from tests.test_aggregate import reference
 
 GRID = PartGrid(SIZE)
-RULES = ("mean", "clipped_mean", "trimmed_mean", "median", "centered_clipping")
+RULES = ("mean", "clipped_mean", "trimmed_mean", "median", "disjoint_mean", "centered_clipping")
 VICTIM = 1  # the member that fails, where one does
 _SMALL = 0.002  # per coordinate; of deltas with a standard deviation of 0.05
 
