@@ -56,11 +56,11 @@ _MAX_STEPS = 1 << 40  # never reached: the budget ends training
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    learning_rate: float = 5e-5  # at the start; the paper's
+    learning_rate: float = 5e-5  # the highest of a round; the paper's
     per_device_train_batch_size: int = 32  # examples per forward pass; one device is used
     gradient_accumulation_steps: int = 1  # forward passes per step of the optimizer
     weight_decay: float = 0.0  # AdamW's, not on biases and norms; transformers' default
-    warmup_ratio: float = 0.0  # part of the budget over which the learning rate rises from 0
+    warmup_ratio: float = 0.1  # part of the budget over which the learning rate rises from 0
     lr_scheduler_type: Schedule = "linear"  # decay to 0 over the budget; the paper's
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
     max_length: int = 128  # tokens; longer texts are cut (by peer.data.tokenize)

@@ -191,14 +191,19 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("finetuning (Hugging Face names)")
     group.add_argument(
-        "--learning-rate", type=float, metavar="LR", help="at the start of a round (default: 5e-5)"
+        "--learning-rate", type=float, metavar="LR", help="the highest of a round (default: 5e-5)"
     )
     group.add_argument(
         "--per-device-train-batch-size", "--batch-size", type=int, metavar="N", help="default: 32"
     )
     group.add_argument("--gradient-accumulation-steps", type=int, metavar="N", help="default: 1")
     group.add_argument("--weight-decay", type=float, metavar="W")
-    group.add_argument("--warmup-ratio", type=float, metavar="F")
+    group.add_argument(
+        "--warmup-ratio",
+        type=float,
+        metavar="F",
+        help="part of a round in which the learning rate rises (default: 0.1; the paper: 0)",
+    )
     group.add_argument(
         "--lr-scheduler-type", choices=("linear", "constant", "cosine"), help="default: linear"
     )
