@@ -370,6 +370,7 @@ class Session:
             self._finetune(log, part)
             self._await_verdict()
             if self._is_rejected:
+                self._base = None  # should the gate let go, this round begins anew, head included
                 return
             if log.num_examples == 0 and self._agreement.is_overtaken:  # it rested all the time
                 self._catch_up()
@@ -387,7 +388,9 @@ class Session:
                 self._catch_up()  # what I finetuned started from the state that is undone
             elif isinstance(outcome, Committed):
                 self._commit(outcome, delta, base, log)
-            elif not self._is_rejected:
+            elif self._is_rejected:
+                self._base = None
+            else:
                 self._keep_delta(delta)
                 self._catch_up()
             return
