@@ -212,7 +212,7 @@ class Session:
             initial_promise=_load_promise(self._dir / "promise.json"),
             obtain=self._obtain,
             holds=lambda state_hash: state_hash in self._pending,
-            wants_rollback=lambda tip: self._is_rejected and tip == self._agreement.chain.tip,
+            wants_rollback=lambda tip: self._wants_rollback() and tip == self._agreement.chain.tip,
             leaves_out=self._leaves_out,
         )
         self._gatekeeper = Gatekeeper(
@@ -339,7 +339,7 @@ class Session:
             self._check_admission(within_seconds=self.spec.lease_seconds)
             if self._rounds_left is not None and self._rounds_left <= 0:
                 return f"took part in {self._config.num_rounds} rounds"
-            if self._is_rejected:
+            if self._wants_rollback():
                 self._roll_back()
                 continue
             match self._agreement.decide():
@@ -369,7 +369,7 @@ class Session:
         while True:
             self._finetune(log, part)
             self._await_verdict()
-            if self._is_rejected:
+            if self._wants_rollback():
                 self._base = None  # should the gate let go, this round begins anew, head included
                 return
             if log.num_examples == 0 and self._agreement.is_overtaken:  # it rested all the time
@@ -388,7 +388,7 @@ class Session:
                 self._catch_up()  # what I finetuned started from the state that is undone
             elif isinstance(outcome, Committed):
                 self._commit(outcome, delta, base, log)
-            elif self._is_rejected:
+            elif self._wants_rollback():
                 self._base = None
             else:
                 self._keep_delta(delta)
@@ -443,7 +443,7 @@ class Session:
         """Use no processor until manners allow it, or the others have gone on: their state is taken over."""
         agreement = self._agreement
         self._in_network(agreement.set_phase("paused"))
-        while self._must_rest and not self._is_rejected:
+        while self._must_rest and not self._wants_rollback():
             if isinstance(agreement.decide(), CatchUp | Stop):
                 return
             self._stop.wait(0.5)
@@ -463,7 +463,7 @@ class Session:
             self._in_network(agreement.set_phase("finetuning"))
         if (
             self._stop.is_set
-            or self._is_rejected
+            or self._wants_rollback()
             or agreement.is_overtaken
             or (self._admission is not None and self._admission.problem() is not None)
             or Network.now() >= agreement.training_deadline()
@@ -597,7 +597,7 @@ class Session:
                 self._stop.check()
                 self._check_daemon()
                 self._check_admission()
-                if self._is_rejected:
+                if self._wants_rollback():
                     return Overtaken()
 
     # what is promised, and what is undone
@@ -632,8 +632,7 @@ class Session:
         append_json_line(self._dir / "excluded.jsonl", {"peer": reducer, "round": round_, "why": why})
         self._lies = self._lies | {(reducer, round_)}  # the other thread looks through the old one
 
-    @property
-    def _is_rejected(self) -> bool:
+    def _wants_rollback(self) -> bool:
         """Whether I want the state that I am at undone: one who made it has lied, or the gate says so."""
         chain = self._agreement.chain
         can_be_undone = chain.round < self.spec.num_rounds  # a roll-back is a round as well
@@ -667,7 +666,7 @@ class Session:
         if not self._has_liar(chain):
             reason = self._gatekeeper.reason(chain)
             self._gatekeeper.tell_votes(chain)
-            if not self._is_rejected:  # let go
+            if not self._wants_rollback():  # let go
                 return
         limit = self.spec.exchange_limit_seconds
         self._in_network(self._agreement.roll_back(reason), seconds=limit)
