@@ -169,10 +169,16 @@ def plan_batches(
                 return
 
 
-def learning_rate_factor(schedule: Schedule, fraction: float, warmup_ratio: float) -> float:
-    """By what to multiply the learning rate when `fraction` (0 to 1) of the budget is used."""
+def learning_rate_factor(
+    schedule: Schedule, fraction: float, warmup_ratio: float, *, step_fraction: float = 0.0
+) -> float:
+    """By what to multiply the learning rate of a step that begins at `fraction` (0 to 1) of the budget.
+
+    `step_fraction`: what the step itself uses of it. A warmup counts it, so that the first step is no
+    step of length 0: of a round of a single step nothing would be left.
+    """
     if fraction < warmup_ratio:
-        return fraction / warmup_ratio
+        return min(1.0, (fraction + step_fraction) / warmup_ratio)
     decayed = min(1.0, (fraction - warmup_ratio) / (1.0 - warmup_ratio))
     if schedule == "constant":
         return 1.0
@@ -354,10 +360,14 @@ class _BudgetTrainer(Trainer):
 
     def _learning_rate_factor(self, _step: int) -> float:
         # Asked after the optimizer's step and before the callback counts its examples.
-        clock = self.clock
-        pending = 0.0 if clock.budget.num_examples is None else clock.num_pending / clock.budget.num_examples
+        clock, config, total = self.clock, self.config, self.clock.budget.num_examples
+        pending = 0.0 if total is None else clock.num_pending / total
+        each = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return learning_rate_factor(
-            self.config.lr_scheduler_type, min(1.0, clock.fraction + pending), self.config.warmup_ratio
+            config.lr_scheduler_type,
+            min(1.0, clock.fraction + pending),
+            config.warmup_ratio,
+            step_fraction=0.0 if total is None else each / total,
         )
 
 

@@ -189,7 +189,12 @@ def _train(
     num_done = 0
     for name, indices in batches:
         model = models[name]
-        factor = learning_rate_factor(config.lr_scheduler_type, num_done / num_examples, config.warmup_ratio)
+        factor = learning_rate_factor(
+            config.lr_scheduler_type,
+            num_done / num_examples,
+            config.warmup_ratio,
+            step_fraction=len(indices) / num_examples,
+        )
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         rows = collate([columns[name][int(i)] for i in indices])

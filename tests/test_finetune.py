@@ -124,6 +124,21 @@ def test_learning_rate_factor(schedule: str, fraction: float, warmup: float, exp
     assert learning_rate_factor(schedule, fraction, warmup) == pytest.approx(expected)  # type: ignore[arg-type]
 
 
+def test_no_step_of_a_warmup_has_length_zero() -> None:
+    factors = [learning_rate_factor("linear", step / 10, 0.3, step_fraction=0.1) for step in range(5)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 6 / 7])
+    assert learning_rate_factor("linear", 0.0, 0.1, step_fraction=1.0) == 1.0  # a round of one step
+
+
+def test_a_round_of_one_step_learns(model: PreTrainedModel, train: Dataset, bert_dir: Path) -> None:
+    before = export_backbone(model)
+    result = finetune(model, train, load_tokenizer(bert_dir), CONFIG, Budget(num_examples=8), seed=5)
+    assert result.num_examples == 8
+    assert float((export_backbone(model) - before).abs().max()) == pytest.approx(
+        CONFIG.learning_rate, rel=0.01
+    )
+
+
 def test_early_stopping_rule() -> None:
     rule = EarlyStopping(num_examples=100, gain=0.001)
     assert not rule.update(0, 0.5)
@@ -154,7 +169,7 @@ def test_every_family_learns(family: str, tmp_path: Path) -> None:
 def test_it_is_the_hand_written_loop(model: PreTrainedModel, train: Dataset, bert_dir: Path) -> None:
     """Same batches, loss, clipping, decay and accumulation: the same weights, up to rounding."""
     tokenizer = load_tokenizer(bert_dir)
-    config = replace(CONFIG, gradient_accumulation_steps=2, weight_decay=0.1)
+    config = replace(CONFIG, gradient_accumulation_steps=2, weight_decay=0.1, warmup_ratio=0.0)
     _without_dropout(model)
     finetune(model, train, tokenizer, config, Budget(num_examples=44), seed=5)
     by_hand = load_classifier(bert_dir, BINARY, seed=0)
@@ -163,7 +178,7 @@ def test_it_is_the_hand_written_loop(model: PreTrainedModel, train: Dataset, ber
     plan = _planned(train, config, 44, seed=5)
     for pair in (plan[i : i + 2] for i in range(0, len(plan), 2)):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - num_done / 44)
+            group["lr"] = config.learning_rate * (1 - num_done / 44)  # without a warmup
         for batch in pair:
             inputs = tokenizer.pad({"input_ids": [train[i]["input_ids"] for i in batch]}, return_tensors="pt")
             loss = task_loss(by_hand(**inputs).logits, torch.tensor([train[i]["labels"] for i in batch]))
