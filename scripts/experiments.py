@@ -114,8 +114,10 @@ class Profile:
     trajectory_every: int  # rounds between two scorings of experiment 1
     schedules: Mapping[str, Mapping[str, Any]]  # experiment 3: changes of `swarm`, by label
     multitask_learning_rates: tuple[float, ...]  # experiment 4; the best on validation rows is taken
-    one_set: Mapping[str, Any]  # experiment 5: dataset, contributors, seeds, examples a round, rounds
-    per_round: Mapping[str, Any]  # experiment 6: contributors, examples a round, rounds
+    one_set: Mapping[
+        str, Any
+    ]  # experiment 5: dataset, contributors, seeds, examples a round, rounds, outer_lr
+    per_round: Mapping[str, Any]  # experiment 6: contributors and their outer_lrs, examples a round, rounds
     own: Mapping[str, Any]  # experiment 7: changes of `scoring`
     variant_rounds: int
     variants: Mapping[str, Mapping[str, Any]]  # changes of `swarm`, by label; "as is" changes nothing
@@ -124,6 +126,7 @@ class Profile:
     scoring: BenchmarkConfig  # test rows
     validation: BenchmarkConfig  # sizes of a scoring on validation rows, which are cut in two for it
     forward_per_second: float  # examples, for estimates of time only
+    experiments: tuple[int, ...] = tuple(TITLES)  # that this profile is for
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -330,9 +333,15 @@ def _one_set(profile: Profile) -> Iterator[Piece]:
     dataset = (str(settings["dataset"]),)
     yield Scoring(PRETRAINED, "test", "probe", dataset)
     for (num, seed), name in splits(profile).items():
-        budget = {"max_peers": num, "round_examples": settings["examples"] // num, "split": num}
         plan = profile.plan(
-            dataset, seed, **budget, num_rounds=settings["rounds"], train_examples=settings["train_examples"]
+            dataset,
+            seed,
+            max_peers=num,
+            round_examples=settings["examples"] // num,
+            split=num,
+            num_rounds=settings["rounds"],
+            train_examples=settings["train_examples"],
+            outer_lr=settings["outer_lr"],
         )
         yield Run(name, plan, keep_every=1)
         for round_ in range(1, settings["rounds"]):
@@ -344,11 +353,16 @@ def _per_round(profile: Profile) -> Iterator[Piece]:
     settings, groups = profile.per_round, list(measures(profile).values())[:2]
     for group in groups:
         yield from _measure(PRETRAINED, "test", [group])
-    for num in settings["contributors"]:
-        budget = {"max_peers": num, "round_examples": settings["examples"] // num}
-        yield Run(
-            f"cohort{num}", profile.plan(profile.trained(0), 0, **budget, num_rounds=settings["rounds"])
+    for num, outer_lr in zip(settings["contributors"], settings["outer_lrs"], strict=True):
+        plan = profile.plan(
+            profile.trained(0),
+            0,
+            max_peers=num,
+            round_examples=settings["examples"] // num,
+            num_rounds=settings["rounds"],
+            outer_lr=outer_lr,
         )
+        yield Run(f"cohort{num}", plan)
         yield from _measure(f"cohort{num}", "test", groups)
 
 
@@ -447,6 +461,8 @@ def _profile(name: str, table: Mapping[str, Any]) -> Profile:
     use_cpu = bool(values.pop("use_cpu", False))
     for key in ("multitask_learning_rates", "last_rounds", "alphas"):
         values[key] = tuple(values[key])
+    if "experiments" in values:
+        values["experiments"] = tuple(values["experiments"])
     for key in ("scoring", "validation"):
         values[key] = _benchmark(use_cpu, values[key])
     values["own"] = _tuples(values["own"])
