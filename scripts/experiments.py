@@ -127,6 +127,7 @@ class Profile:
     validation: BenchmarkConfig  # sizes of a scoring on validation rows, which are cut in two for it
     forward_per_second: float  # examples, for estimates of time only
     experiments: tuple[int, ...] = tuple(TITLES)  # that this profile is for
+    note: str = ""  # for the readers of its results
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -196,6 +197,8 @@ def load_profile(file: Path, name: str, model: str | None = None) -> Profile:
         raise UsageError(f"{file} has no profile {name!r}; it has: {', '.join(tables)}")
     try:
         profile = _profile(name, {**tables[name], **({"model": model} if model else {})})
+        if unknown := sorted(set(profile.experiments) - set(TITLES)):
+            raise ValueError(f"there is no experiment {unknown[0]}")
         for _, piece in all_pieces(profile):  # so that a wrong key is told before anything is spent
             cost(profile, piece)
     except (TypeError, KeyError, ValueError) as error:
@@ -210,10 +213,13 @@ def load_profile(file: Path, name: str, model: str | None = None) -> Profile:
     return profile
 
 
-def all_pieces(profile: Profile, numbers: Sequence[int] = tuple(TITLES)) -> list[tuple[int, Piece]]:
-    """What the experiments need, in an order in which it can be done, each with the first that needs it."""
+def all_pieces(profile: Profile, numbers: Sequence[int] | None = None) -> list[tuple[int, Piece]]:
+    """What the experiments need, in an order in which it can be done, each with the first that needs it.
+
+    `numbers`: all of the profile by default.
+    """
     found: dict[str, tuple[int, Piece]] = {}
-    for number in numbers:
+    for number in profile.experiments if numbers is None else numbers:
         for piece in _EXPERIMENTS[number](profile):
             found.setdefault(piece.name, (number, piece))
     return list(found.values())

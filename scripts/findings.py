@@ -30,7 +30,7 @@ Pair = tuple[str, str]  # model, data set
 
 
 def findings(lab: Lab) -> dict[int, Finding]:
-    """By experiment."""
+    """By experiment, those of the profile."""
     makers = {
         1: _trajectory,
         2: _unseen,
@@ -41,7 +41,7 @@ def findings(lab: Lab) -> dict[int, Finding]:
         7: _own,
         8: _better,
     }
-    return {number: make(lab) for number, make in makers.items()}
+    return {number: makers[number](lab) for number in lab.profile.experiments}
 
 
 def comparison(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.errors import StateError
 from peer.benchmark import headline_metric
 from peer.state import write_text
 from scripts.experiments import TITLES
@@ -41,6 +42,7 @@ class Provenance:
     hours: float  # of all pieces
     num_pieces: int
     num_done: int
+    note: str = ""  # of the profile
 
 
 def write_report(
@@ -58,6 +60,13 @@ def write_report(
     write_text(out / "made.json", json.dumps(vars(made), indent=1) + "\n")
     shown = {number: (out / f"experiment-{number}.png").exists() for number in findings}
     write_text(out / "README.md", readme(findings, made, shown))
+
+
+def redraw(out: Path, note: str) -> None:
+    """README.md and plots once more, from the figures as JSON in `out`. Raises StateError."""
+    made = Provenance(**{**_read(out / "made.json"), "note": note})
+    files = sorted(out.glob("experiment-*.json"))
+    write_report(out, {int(file.stem.removeprefix("experiment-")): _read(file) for file in files}, made)
 
 
 def is_run(finding: Any) -> bool:
@@ -80,6 +89,7 @@ def readme(findings: Mapping[int, Finding], made: Provenance, has_plot: Mapping[
         "Accuracy, but for cola (Matthews) and tweet_hate (macro-F1). The round to report was fixed in",
         "advance: the last one. Whatever was chosen was chosen on validation rows.",
         "",
+        *([made.note, ""] if made.note else []),
         *_provenance(made),
         "",
         "## At a glance",
@@ -96,6 +106,16 @@ def readme(findings: Mapping[int, Finding], made: Provenance, has_plot: Mapping[
             lines += ["", f"![{TITLES[number]}](experiment-{number}.png)"]
         lines += ["", f"All figures: [experiment-{number}.json](experiment-{number}.json)"]
     return "\n".join(lines) + "\n"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{file} cannot be read ({error}): restore it, or run the experiments") from error
+    if not isinstance(value, dict):
+        raise StateError(f"{file} is not of this program: restore it, or run the experiments")
+    return value
 
 
 # ---- tables -------------------------------------------------------------------------------
@@ -117,27 +137,33 @@ def _provenance(made: Provenance) -> list[str]:
 
 
 def _glance(findings: Mapping[int, Finding]) -> list[str]:
-    rows = [
-        ("at least +6 points head-only on the trained tasks, at every seed", _glance_trained(findings[1]))
-    ]
-    rows.append(("more trained tasks better than worse at every seed", _glance_wins(findings[1])))
-    unseen = findings[2]["methods"]
-    rows.append(
-        ("at least +3 with few examples on unseen tasks, interval above 0", _points(unseen["few_shot"]))
-    )
-    rows.append(("unseen tasks head-only not below the base", _points(unseen["probe"])))
-    rows += [
-        (f"not below centralized multitask training: {measure}", _points(found))
-        for measure, found in findings[4]["swarm_against_multitask"].items()
-    ]
-    own = findings[7]
-    share = own["share_worse"]
-    rows.append(
-        (
-            "share of peers made worse, against being alone with the same steps",
-            NOT_RUN if share is None else f"{100 * share:.0f} %",
+    rows: list[tuple[str, str]] = []
+    if 1 in findings:
+        trained = _glance_trained(findings[1])
+        rows += [
+            ("at least +6 points head-only on the trained tasks, at every seed", trained),
+            ("more trained tasks better than worse at every seed", _glance_wins(findings[1])),
+        ]
+    if 2 in findings:
+        unseen = findings[2]["methods"]
+        few = "at least +3 with few examples on unseen tasks, interval above 0"
+        rows += [
+            (few, _points(unseen["few_shot"])),
+            ("unseen tasks head-only not below the base", _points(unseen["probe"])),
+        ]
+    if 4 in findings:
+        rows += [
+            (f"not below centralized multitask training: {measure}", _points(found))
+            for measure, found in findings[4]["swarm_against_multitask"].items()
+        ]
+    if 7 in findings:
+        share = findings[7]["share_worse"]
+        rows.append(
+            (
+                "share of peers made worse, against being alone with the same steps",
+                NOT_RUN if share is None else f"{100 * share:.0f} %",
+            )
         )
-    )
     return _table(("to reach", "found"), rows)
 
 

@@ -11,6 +11,7 @@ tables and plots, and every figure as JSON. Experiments 1 to 7 are claims; 8 loo
     --only 1 2          these experiments
     --max-minutes 110   stop after the piece that is in work by then
     --profile smoke     all of it, tiny
+    --redraw            README.md and plots once more, from the JSON in OUT
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from scripts.evaluate import find_datasets
 from scripts.experiments import TITLES, Mix, Piece, Profile, Scoring, all_pieces, load_profile, told
 from scripts.findings import findings
 from scripts.lab import Lab, locked
-from scripts.report import Provenance, write_report
+from scripts.report import Provenance, redraw, write_report
 
 CONFIG = Path(__file__).with_name("reproduce.toml")
 PROGRAM = "scripts.reproduce"
@@ -64,6 +65,10 @@ def _main(flags: argparse.Namespace) -> int:
     datasets.disable_progress_bars()
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 150)
     profile = load_profile(flags.config, flags.profile, flags.model)
+    if flags.redraw:
+        _require_matplotlib()
+        redraw(flags.out, profile.note)
+        return 0
     find_datasets(flags.data_dir, profile.datasets)  # all, before anything is spent
     if not flags.no_plots:
         _require_matplotlib()
@@ -71,7 +76,7 @@ def _main(flags: argparse.Namespace) -> int:
     switch, commit = StopSwitch(), _commit()
     with locked(work), switch.listening():
         lab = Lab(profile, flags.data_dir, work, switch=switch, commit=commit)
-        pieces = all_pieces(profile, sorted(set(flags.only)))
+        pieces = all_pieces(profile, flags.only and sorted(set(flags.only)))
         if flags.list:
             _print_list(lab, pieces, console)
             return 0
@@ -201,7 +206,8 @@ def _provenance(lab: Lab, flags: argparse.Namespace) -> Provenance:
     profile, times = lab.profile, lab.times
     pieces = [piece for _, piece in all_pieces(profile)]
     is_gpu = torch.cuda.is_available() and not profile.scoring.use_cpu
-    extra = "" if flags.profile == "night" else f" --profile {flags.profile}"
+    is_night = flags.profile == "night"
+    extra = "" if is_night else f"{flags.profile} --profile {flags.profile}"
     return Provenance(
         command=f"python -m scripts.reproduce --data-dir DATA --out results/{extra}",
         profile=profile.name,
@@ -214,6 +220,7 @@ def _provenance(lab: Lab, flags: argparse.Namespace) -> Provenance:
         hours=round(sum(record["seconds"] for record in times) / 3600, 3),
         num_pieces=len(pieces),
         num_done=sum(lab.is_done(piece) for piece in pieces),
+        note=profile.note,
     )
 
 
@@ -258,9 +265,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="goes on where it stopped")
     numbers = list(TITLES)
-    parser.add_argument("--only", type=int, nargs="+", choices=numbers, default=numbers, metavar="N",
-                        help=f"experiments of {numbers[0]} to {numbers[-1]} (default: all)")  # fmt: skip
+    parser.add_argument("--only", type=int, nargs="+", choices=numbers, metavar="N",
+                        help="experiments, by number (default: all of the profile)")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say what is done and to do, and train nothing")
+    parser.add_argument(
+        "--redraw", action="store_true", help="README.md and plots once more, from the JSON in OUT"
+    )
     parser.add_argument("--max-minutes", type=positive, metavar="N", help="begin no piece after so long")
     parser.add_argument("--profile", default="night", metavar="NAME", help="of the config (default: night)")
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="default: reproduce.toml")

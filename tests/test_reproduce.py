@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +393,36 @@ def test_losses_are_told_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert text.count("\nnot run\n") == 6
     assert "| 2 | not run | not run |" in text  # round 2 of experiment 1
     assert "3 of 4 pieces, 0.50 hours" in text
+
+
+def test_a_profile_may_be_for_some_experiments(tmp_path: Path) -> None:
+    baselines = load_profile(CONFIG, "baselines")
+    assert {number for number, _ in all_pieces(baselines)} == {3, 4, 5, 6, 7}
+    some = {number: finding for number, finding in hand_made().items() if number in (3, 7)}
+    text = readme(some, replace(PROVENANCE, note="Look elsewhere, too."), {})
+    assert "## 1." not in text
+    assert "| share of peers made worse, against being alone with the same steps | 50 % |" in text
+    assert "+6 points" not in text
+    assert "Look elsewhere, too." in text
+    broken = CONFIG.read_text().replace("experiments = [3, 4, 5, 6, 7]", "experiments = [9]")
+    (tmp_path / "c.toml").write_text(broken)
+    with pytest.raises(UsageError, match="no experiment 9"):
+        load_profile(tmp_path / "c.toml", "baselines")
+
+
+def test_tables_are_drawn_again_from_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(tmp_path, hand_made(), PROVENANCE)
+    note = load_profile(CONFIG, "night").note
+    assert note
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.svg")}
+    expected = readme(hand_made(), replace(PROVENANCE, note=note), {1: True, 7: True})
+    (tmp_path / "README.md").unlink()
+    assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), "--redraw"]) == 0
+    assert (tmp_path / "README.md").read_text() == expected
+    assert before == {file.name: file.read_bytes() for file in tmp_path.glob("*.svg")}
+    (tmp_path / "made.json").write_text("[]")
+    assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), "--redraw"]) == 6
+    assert "made.json is not of this program" in capsys.readouterr().err
 
 
 def test_plots_come_with_what_was_run_only(tmp_path: Path) -> None:
