@@ -2,7 +2,8 @@
 
     WORK/runs/NAME/       one model each: plan.json (what made it), model/; of a swarm rounds.jsonl, models/
     WORK/books/BOOK/      answers of each backbone, kept by `scripts.evaluate.Store`
-    WORK/scores/BOOK/MODEL/DATASET.METHOD.json    the same by the model's name, which outlives its files
+    WORK/scores/BOOK/MODEL/DATASET.METHOD.json    the same by the model's name, which outlives its files:
+                          scores, choices and times are small enough for a repository
     WORK/choices/NAME.json                        which model a choice named
     WORK/times.jsonl                              seconds of each piece
 
@@ -93,6 +94,33 @@ class Lab:
             )
         folder = self.work / "runs" / piece.name
         return (folder / "model").exists() and self._has_key(piece)
+
+    def pending(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """What is to do, in the same order: not a model that only scorings read which are done.
+
+        So figures that are kept, in a repository say, need no gigabytes of models beside them.
+        """
+        read: set[str] = set()
+        found: list[Piece] = []
+        for piece in reversed(pieces):  # a piece needs only those before it
+            is_model = isinstance(piece, Run | Multitask | Mix)
+            if self.is_done(piece) or (is_model and piece.name not in read):
+                continue
+            found.append(piece)
+            read |= self._reads(piece)
+        return found[::-1]
+
+    def _reads(self, piece: Piece) -> set[str]:
+        """Names of the pieces whose models it opens."""
+        names: set[str] = set()
+        for name in _inputs(piece):
+            choice = self._pieces.get(name.removeprefix("chosen:"))
+            if isinstance(choice, Choice):
+                chosen = self.chosen(choice.name)
+                names |= set(choice.candidates) if chosen is None else {chosen}
+            else:
+                names.add(name)
+        return {name.partition("@")[0] for name in names}
 
     def do(self, piece: Piece, on_progress: Progress = lambda _: None) -> None:
         """Raises StopRequested at a stop: then the same piece goes on, or begins anew. And SwarmErrors."""

@@ -4,8 +4,9 @@
 
 DATA holds a folder of train.csv, validation.csv and test.csv for each data set. Sizes and seeds are those of
 scripts/reproduce.toml. The work is done in pieces, each kept when it is done, so the same command goes on
-where it was stopped. OUT/work holds them (some 8 GB of models at night size); OUT gets README.md with
-tables and plots, and every figure as JSON. Experiments 1 to 7 are claims; 8 looks for what makes it better.
+where it was stopped. OUT/work holds them (some 8 GB of models at night size, and the scores: these are small,
+and a model is made again only where one is missing); OUT gets README.md with tables and plots, and every
+figure as JSON. Experiments 1 to 7 are claims; 8 looks for what makes it better.
 
     --list              what is done, what is to do, and about how long it takes
     --only 1 2          these experiments
@@ -97,7 +98,8 @@ def _main(flags: argparse.Namespace) -> int:
 
 def _work(lab: Lab, pieces: Pieces, max_minutes: float | None, console: Console) -> bool:
     """False when the time was up before the last piece. Raises StopRequested."""
-    pending = [(number, piece) for number, piece in pieces if not lab.is_done(piece)]
+    numbers = {piece.name: number for number, piece in pieces}
+    pending = [(numbers[piece.name], piece) for piece in lab.pending([piece for _, piece in pieces])]
     everything = [piece for _, piece in all_pieces(lab.profile)]
     clock = _Clock([lab.minutes(piece) for _, piece in pending], max_minutes)
     columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn())
@@ -144,8 +146,9 @@ def _print_list(lab: Lab, pieces: Pieces, console: Console) -> None:
         table.add_column(column)
     table.add_column("minutes, about", justify="right")
     left = dict.fromkeys((number for number, _ in pieces), 0.0)
+    pending = {piece.name for piece in lab.pending([piece for _, piece in pieces])}
     for number, piece in pieces:
-        is_done, minutes = lab.is_done(piece), lab.minutes(piece)
+        is_done, minutes = piece.name not in pending, lab.minutes(piece)
         left[number] += 0.0 if is_done else minutes
         table.add_row(str(number), told(piece), "done" if is_done else "to do", f"{minutes:.1f}")
     console.print(table)
@@ -178,7 +181,7 @@ def _claim(out: Path, profile: Profile) -> Path:
             )
     else:
         write_text(file, json.dumps(settings) + "\n")
-    write_text(out / "work" / ".gitignore", "*\n")  # gigabytes
+    write_text(out / "work" / ".gitignore", "/runs/\n/books/\n/.lock\n")  # gigabytes
     return out / "work"
 
 
@@ -219,7 +222,7 @@ def _provenance(lab: Lab, flags: argparse.Namespace) -> Provenance:
         num_cores=os.cpu_count() or 1,
         hours=round(sum(record["seconds"] for record in times) / 3600, 3),
         num_pieces=len(pieces),
-        num_done=sum(lab.is_done(piece) for piece in pieces),
+        num_done=len(pieces) - len(lab.pending(pieces)),
         note=profile.note,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from coordinator.errors import StateError, UsageError
+from peer.benchmark import Method
 from peer.statistics import Answers, compare
 from peer.stopping import StopRequested, StopSwitch
 from scripts.experiments import (
@@ -21,6 +23,7 @@ from scripts.experiments import (
     Choice,
     Chosen,
     Mix,
+    Multitask,
     Piece,
     Profile,
     Run,
@@ -184,9 +187,11 @@ def test_validation_rows_are_cut_in_two_and_no_test_row_is_among_them(data_dir: 
     assert set(chosen_on + figures) <= set(there)
 
 
-def keep(lab: Lab, book: str, model: str, dataset: str, predictions: list[int]) -> None:
+def keep(
+    lab: Lab, book: str, model: str, dataset: str, predictions: list[int], method: Method = "probe"
+) -> None:
     """As if it had been scored: labels are all 1."""
-    file = lab._score_file(book, model, dataset, "probe")
+    file = lab._score_file(book, model, dataset, method)
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = {
         "key": lab._score_key(book, model),
@@ -236,6 +241,27 @@ def test_broken_and_foreign_pieces_are_refused(smoke: Profile, data_dir: Path, t
     file.write_text("{")
     with pytest.raises(StateError, match="is broken"):
         lab.answers("test", PRETRAINED, "sst2", "probe")
+
+
+def test_models_are_made_only_for_scores_that_are_missing(
+    smoke: Profile, data_dir: Path, tmp_path: Path
+) -> None:
+    lab, pieces = Lab(smoke, data_dir, tmp_path), [p for _, p in all_pieces(smoke, (4,))]
+    assert [p.name for p in lab.pending(pieces)] == [p.name for p in pieces]
+    scorings = [p for p in pieces if isinstance(p, Scoring) and not p.model.startswith("chosen:")]
+    for scoring in scorings:
+        for dataset in scoring.datasets:
+            keep(lab, scoring.book, scoring.model, dataset, [1, 1, 1, 0], scoring.method)
+    chosen = [p for p in pieces if isinstance(p, Scoring) and p.model.startswith("chosen:")]
+    candidates = {name for p in pieces if isinstance(p, Choice) for name in p.candidates}
+    left = lab.pending(pieces)
+    assert {p.name for p in left if isinstance(p, Run | Multitask)} == candidates
+    for choice in (p for p in pieces if isinstance(p, Choice)):
+        lab.do(choice)
+    left = lab.pending(pieces)
+    best = {lab.chosen("multitask"), lab.chosen("best single")}
+    assert {p.name for p in left} == {*best, *(p.name for p in chosen)}
+    assert left == [p for p in pieces if p in left]
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -313,6 +339,12 @@ def test_pieces_are_done_once_and_told(
     listed = capsys.readouterr().out
     assert "to do │" not in listed
     assert "0.0 s to do" in listed
+
+    for folder in ("runs", "books"):  # as in a clone that has only what is committed
+        shutil.rmtree(tmp_path / "out" / "work" / folder)
+    assert reproduce(data_dir, model_dir, tmp_path / "out", "--only", "6") == 0
+    assert len(times.read_text().splitlines()) == num_done
+    assert (tmp_path / "out" / "README.md").read_text() == text
 
     assert reproduce(data_dir, model_dir, tmp_path / "out", "--only", "6", "--model", "another") == 2
     assert "holds results of profile smoke" in capsys.readouterr().err
