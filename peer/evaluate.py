@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -337,9 +338,10 @@ def _fit_logistic(task: Task, scaled: Array, labels: Array, seed: int, c: float)
     weight = np.zeros((task.num_labels, scaled.shape[1]))
     bias = np.zeros(task.num_labels)
     if len(present) > 1:
-        regression = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS, random_state=seed % 2**32).fit(
-            scaled, labels
-        )
+        regression = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS, random_state=seed % 2**32)
+        with warnings.catch_warnings():  # 150 labels and 200 rows: it asks whether that is a regression
+            warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)
+            regression.fit(scaled, labels)
         rows, intercepts = regression.coef_, regression.intercept_
         if len(present) == 2:  # one row r with probability 1 / (1 + exp(-r)): the softmax of -r/2 and r/2
             rows, intercepts = (

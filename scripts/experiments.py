@@ -312,8 +312,17 @@ def _schedules(profile: Profile) -> Iterator[Piece]:
 def _baselines(profile: Profile) -> Iterator[Piece]:
     yield from _schedules(profile)
     trained, alone = profile.trained(0), alone_models(profile)
-    budget = {"num_rounds": 1, "max_peers": 1, "round_examples": profile.own_examples(0)}
     yield Scoring(PRETRAINED, "validation", "probe", trained)
+    candidates = {}
+    for rate in profile.multitask_learning_rates:
+        model = f"multitask {rate:g}"
+        candidates[model] = (("probe", trained),)
+        yield Multitask(model, _multitask_plan(profile, rate))
+        yield Scoring(model, "validation", "probe", trained)
+    yield Choice("multitask", "validation", candidates)  # type: ignore[arg-type]
+    yield from _measure("chosen:multitask", "test", measures(profile).values())
+
+    budget = {"num_rounds": 1, "max_peers": 1, "round_examples": profile.own_examples(0), "outer_lr": 1.0}
     for number, (dataset, model) in enumerate(alone.items()):
         yield Run(model, profile.plan([dataset], number, **budget))
         yield Scoring(model, "test", "probe", (dataset,))
@@ -323,15 +332,6 @@ def _baselines(profile: Profile) -> Iterator[Piece]:
     }
     yield Choice("best single", "validation", others)
     yield from _measure("chosen:best single", "test", measures(profile).values())
-
-    candidates = {}
-    for rate in profile.multitask_learning_rates:
-        model = f"multitask {rate:g}"
-        candidates[model] = (("probe", trained),)
-        yield Multitask(model, _multitask_plan(profile, rate))
-        yield Scoring(model, "validation", "probe", trained)
-    yield Choice("multitask", "validation", candidates)  # type: ignore[arg-type]
-    yield from _measure("chosen:multitask", "test", measures(profile).values())
 
 
 def _one_set(profile: Profile) -> Iterator[Piece]:

@@ -146,6 +146,15 @@ def test_a_night_is_a_night_in_pieces_of_under_two_hours(night: Profile) -> None
     assert max(hours) < 2
 
 
+def test_who_is_alone_takes_no_longer_steps_than_it_learned(night: Profile) -> None:
+    """The outer learning rate of a swarm makes up for deltas of other tasks, of which there are none."""
+    runs = {piece.name: piece.plan for _, piece in all_pieces(night) if isinstance(piece, Run)}
+    for name, plan in runs.items():
+        if name.startswith(("alone-", "split")) or name == "cohort1":
+            assert isinstance(plan, Plan)
+            assert plan.run["outer_lr"] == 1.0, name
+
+
 def test_keys_of_a_run_go_where_they_are_known(night: Profile) -> None:
     plan = night.plan(["sst2"], 3, outer_lr=2.0, learning_rate=1e-3, churn=0.5, max_peers=1)
     assert plan.run["outer_lr"] == 2.0
