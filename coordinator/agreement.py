@@ -44,6 +44,7 @@ from coordinator.ballot import (
 )
 from coordinator.chain import Chain, is_better
 from coordinator.chain_exchange import ChainExchange
+from coordinator.departures import Departures
 from coordinator.errors import AccessError, RoundError
 from coordinator.gate_votes import GateVotes
 from coordinator.identity import Identity
@@ -206,6 +207,7 @@ class Agreement:
         self.gate_votes = GateVotes(
             network, identity, self.membership, self._presence, lambda: self.chain, self._bell.ring
         )
+        self._departures = Departures(network, self.membership, self._needed, self._bell.ring)
         self._addresses: list[str] = []
         self._is_fusing = False
         self._found: Chain | None = None  # better than mine, certified here; its state is not here yet
@@ -231,6 +233,7 @@ class Agreement:
         await self.publish()
         self._network.create_task(self._presence.keep_publishing())
         self._network.create_task(self._keep_watching())
+        self._network.create_task(self._departures.keep_looking())
         if self._admission is not None:
             self._start_revoking(self._admission)
 
@@ -428,6 +431,12 @@ class Agreement:
                     self.is_overtaken = True
             self._bell.ring()
 
+    def _needed(self) -> tuple[list[Member], bool]:
+        """Whom I may have to wait for in this round, and whether I do already."""
+        if self._phase not in TRAINING_PHASES:
+            return [], False
+        return [m for m in self.live() if trains_on(m, self.chain)], self._phase == "ready"
+
     async def _wait(self, action: Action) -> None:
         is_out = isinstance(action, Wait) and action in (NOT_DRAWN, LEFT_OUT)
         if is_out and not self._roster.has_resigned(self.chain):
@@ -445,7 +454,8 @@ class Agreement:
         deadline = time.monotonic() + self._pace.leader_seconds(others)
         attempt = self._attempt
         while self._begun is None and self._attempt == attempt and time.monotonic() < deadline:
-            if not isinstance(self.decide(), Fuse):
+            action = self.decide()
+            if not isinstance(action, Fuse) or leader not in action.members:  # it is gone: who is the next?
                 return None
             await self._bell.rung(POLL_SECONDS)
         if self._begun is None and self._attempt == attempt:

@@ -1,9 +1,10 @@
 """How a peer reaches the others: hivemind's P2P and DHTNode in one asyncio thread of our own process.
 
 What of hivemind's networking the project relies on is here and in `coordinator.guard` (hivemind 1.1.12):
-`P2P.create/_terminate/get_visible_maddrs`, `P2P._client.connect/identify` (to dial each entry point by
-itself, so that a dead one can be named), `DHTNode.create/store/get/shutdown`, `ServicerBase` handlers
-and stubs, and the fact that an asyncio event loop starts the p2p daemon through its `subprocess_exec`.
+`P2P.create/_terminate/get_visible_maddrs/list_peers`, `P2P._client.connect/identify` (to dial each entry
+point by itself, so that a dead one can be named), `DHTNode.create/store/get/shutdown`, `ServicerBase`
+handlers and stubs, and the fact that an asyncio event loop starts the p2p daemon through its
+`subprocess_exec`.
 Above this module messages are bytes, peers are base58 strings, and every call has a time limit.
 
 A daemon that dies, or is frozen, is replaced in place: same identity, same port where it is free,
@@ -364,6 +365,14 @@ class Network:
         except (*_TRANSPORT_ERRORS, ValueError) as error:
             raise NetworkError(f"this peer has no address: {_first_line(error)}") from error
         return sorted(found, key=lambda address: "/127.0.0.1/" in address or "/::1/" in address)
+
+    async def connected(self) -> frozenset[str]:
+        """Who has a connection with this peer at this moment. Raises NetworkError."""
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_SECONDS):
+                return frozenset(str(info.peer_id) for info in await self.p2p.list_peers())
+        except _TRANSPORT_ERRORS as error:
+            raise NetworkError(f"the p2p daemon does not answer: {_first_line(error)}") from error
 
     async def start_dht(self, validator: RecordValidatorBase) -> None:
         """Become a node of the DHT of the entry points; `validator` guards what it stores and reads."""

@@ -76,6 +76,10 @@ class Pace:
         rtts = [self._rtts.get(peer, Rtt()).smoothed_seconds for peer in peer_ids]
         return max((UNMEASURED_SECONDS / 4 if s is None else s for s in rtts), default=0.0)
 
+    def grace_seconds(self, peer_ids: Collection[str]) -> float:
+        """From a majority of signatures to the commit: for those of the rest, who may have been paused."""
+        return max(FLOOR_SECONDS, 4 * self.rtt_seconds(peer_ids))
+
     def vote_seconds(self, peer_ids: Collection[str], *, exchange_seconds: float) -> float:
         """From my result to a majority of signatures: the others may end as much later as I took myself."""
         return max(MIN_VOTE_SECONDS, exchange_seconds) + 4 * self.rtt_seconds(peer_ids)

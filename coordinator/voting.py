@@ -74,22 +74,21 @@ class Voting:
         """`chain` with the commit. Raises RoundError when no majority signs the same in time."""
         now = self._network.now()
         own = self._voter.sign(commit, ballot.proposal, now)
-        voting_seconds = self._pace.vote_seconds(ballot.members, exchange_seconds=exchange_seconds)
-        self._until = now + voting_seconds
+        others = [peer for peer in ballot.members if peer != self._identity.peer_id]
+        self._until = now + self._pace.vote_seconds(others, exchange_seconds=exchange_seconds)
         await self._store_promise()
         self._box.add(self._identity.peer_id, commit.digest, own)
         body = {"run": commit.run, "commit": commit.digest, "signature": own}
-        for peer in ballot.members:
-            if peer != self._identity.peer_id:
-                self._network.create_task(self._presence.tell(peer, "vote", body))
-        return chain.extended(await self._collect(ballot, commit, chain))
+        for peer in others:
+            self._network.create_task(self._presence.tell(peer, "vote", body))
+        grace_seconds = self._pace.grace_seconds(others)
+        return chain.extended(await self._collect(ballot, commit, chain, grace_seconds))
 
-    async def _collect(self, ballot: Ballot, commit: Commit, chain: Chain) -> SignedCommit:
+    async def _collect(
+        self, ballot: Ballot, commit: Commit, chain: Chain, grace_seconds: float
+    ) -> SignedCommit:
         """Raises RoundError when a majority does not sign the same in time."""
         allowed = signers_of(ballot, commit)
-        grace = 4 * self._pace.rtt_seconds(
-            ballot.members
-        )  # after the majority, for the signatures of the rest
         majority_at: float | None = None
         while True:
             now = self._network.now()
@@ -99,7 +98,7 @@ class Voting:
             if certificate is not None:
                 majority_at = majority_at or now
                 is_complete = certificate.signatures.keys() >= set(ballot.members)
-                if is_over or is_complete or is_committed or now >= majority_at + grace:
+                if is_over or is_complete or is_committed or now >= majority_at + grace_seconds:
                     return certificate
             if is_committed:
                 raise RoundError("the others have committed this state already; their signatures follow")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,43 @@ def test_a_dead_leader_is_followed_by_the_next(tmp_path: Path, monkeypatch: pyte
             assert isinstance(outcome, Committed)
             assert dead.peer_id not in outcome.group.members
         assert_one_chain(others, 1)
+
+
+def test_nobody_waits_for_one_whose_process_ends_while_it_finetunes(tmp_path: Path) -> None:
+    """Not for its lease, which is longer than this test waits, nor for the round's limit."""
+    spec = make_spec(lease_seconds=300.0, round_limit_seconds=300.0, created_at=Network.now())
+    with swarm(4, tmp_path, spec) as members:
+        *others, dead = members
+        dead.run(dead.agreement.set_phase("finetuning", entered_at=Network.now()))
+        for member in others:
+            member.get_ready()
+        futures = [member.fuse(same_state) for member in others]
+        dead.network.close()  # without a goodbye
+        for outcome in outcomes(futures):
+            assert isinstance(outcome, Committed)
+            assert set(outcome.group.members) == {member.peer_id for member in others}
+        assert_one_chain(others, 1)
+
+
+def test_who_never_signs_is_waited_for_as_its_round_trips_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody waits for themselves: a peer has no round trip to itself, which counted as a long one."""
+    asked: list[set[str]] = []
+    grace_seconds = pace.Pace.grace_seconds
+
+    def grace_and_note(self: pace.Pace, peer_ids: Collection[str]) -> float:
+        asked.append(set(peer_ids))
+        return grace_seconds(self, peer_ids)
+
+    monkeypatch.setattr(pace.Pace, "grace_seconds", grace_and_note)
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        outcomes([member.fuse(same_state) for member in members])
+        everybody = {member.peer_id for member in members}
+        assert {frozenset(others) for others in asked} <= {frozenset(everybody - {p}) for p in everybody}
+        assert asked
 
 
 def test_one_differing_state_is_outvoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,9 @@ def test_deadlines_of_a_round() -> None:
     # The others may end as much later as my exchange took, and then their votes travel.
     assert pace.vote_seconds(["near"], exchange_seconds=0.2) == pytest.approx(3.0 + 4 * 0.02)
     assert pace.vote_seconds(["near", "far"], exchange_seconds=100.0) == pytest.approx(102.0)
+    # After a majority the rest has a pause of their process, or four round trips, whichever is longer.
+    assert pace.grace_seconds(["near"]) == 1.0
+    assert pace.grace_seconds(["near", "far"]) == pytest.approx(2.0)
 
 
 def test_the_ceiling_is_half_a_lease_and_who_left_is_forgotten() -> None:
