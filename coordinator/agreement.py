@@ -476,6 +476,7 @@ class Agreement:
             self._attempt = max(self._attempt, self._voter.promise.attempt) + 1
             await self._bell.rung(POLL_SECONDS)
             return None
+        self._count_idle_proposal()
         self._proposal = (me, proposal)
         self._attempt = max(self._attempt, proposal.attempt)
         await self._store_promise()
@@ -582,7 +583,7 @@ class Agreement:
                 if error.is_proven:
                     self._roster.exclude(error.culprit, error.why)
                 else:
-                    self._roster.leave_out(error.culprit, group.attempt + 1)
+                    self._roster.failed(error.culprit, group.attempt)
             self._voting.stop()
             self._attempt = max(self._attempt, group.attempt + 1)
             return None
@@ -679,6 +680,8 @@ class Agreement:
             if self._roster.is_excluded(author):
                 raise RecordError("the proposer is excluded")
             self._check_credentials(proposal)
+            if not self._leaders.is_heard(author, time.monotonic()):
+                raise RecordError("several of your proposals came to nothing: let others propose")
             if self._is_leading(proposal.attempt):
                 self._leaders.two_at_once()
             if self._voting.is_running:
@@ -687,10 +690,20 @@ class Agreement:
         except RecordError as error:
             attempt = max(self._attempt, self._voter.promise.attempt)
             return json.dumps({"accept": False, "why": str(error), "attempt": attempt}).encode()
+        self._count_idle_proposal()
         self._proposal = (author, proposal)
         self._attempt = max(self._attempt, proposal.attempt)
         await self._store_promise()
         return json.dumps(answer.to_json()).encode()
+
+    def _count_idle_proposal(self) -> None:
+        """Of another one, which I accepted last, and which never began."""
+        author, proposal = self._proposal or ("", None)
+        if proposal is None or author == self._identity.peer_id or proposal.hash == self._last_begun:
+            return
+        others = [peer for peer, _ in member_records(proposal) if peer != self._identity.peer_id]
+        pause, lease = self._pace.leader_seconds(others), self.chain.spec.lease_seconds
+        self._leaders.came_to_nothing(author, time.monotonic(), pause, lease)
 
     def _check_credentials(self, proposal: Proposal) -> None:
         """A member must not bring in an outsider either. Raises RecordError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from coordinator.ballot import Voter
@@ -10,6 +11,8 @@ from coordinator.chain import Chain
 from coordinator.membership import Member, Membership
 from coordinator.records import MAX_REASON_CHARS, Exclusion
 from coordinator.rounds import electorate_of
+
+MAX_DOUBLINGS = 10  # 1024 attempts are more than any round has
 
 
 class Roster:
@@ -24,6 +27,7 @@ class Roster:
     def begin_round(self) -> None:
         self._excluded: dict[str, Exclusion] = {}  # proven guilty in this round
         self._left_out: dict[str, tuple[int, float]] = {}  # peer -> attempt, and heartbeat, up to which
+        self._num_failed: Counter[str] = Counter()  # attempts of this round, by whose fault
 
     def listen(self) -> None:
         """From now on heartbeats arrive: a peer never heard of counts until it had the time to be heard."""
@@ -44,6 +48,14 @@ class Roster:
         """Up to this attempt, and until a heartbeat says that it is still there; it goes on voting."""
         member = self._membership.get(peer_id)
         self._left_out[peer_id] = attempt, 0.0 if member is None else member.record.issued_at
+
+    def failed(self, peer_id: str, attempt: int) -> None:
+        """It failed an attempt: left out of the next one, and each time of twice as many as before.
+
+        Else two that fail in turn would each be back when the other one is out, and no attempt would succeed.
+        """
+        self._num_failed[peer_id] += 1
+        self.leave_out(peer_id, attempt + 2 ** min(self._num_failed[peer_id] - 1, MAX_DOUBLINGS))
 
     def left_out(self, attempt: int) -> list[str]:
         return [peer for peer in self._left_out if self._is_left_out(peer, attempt)]

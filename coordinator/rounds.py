@@ -12,6 +12,7 @@ from coordinator.chain import Chain, required_signatures
 from coordinator.membership import TRAINING_PHASES, Member
 from coordinator.spec import RunSpec
 
+MAX_IDLE_PROPOSALS = 2  # of one peer in a round, without a pause: two who propose at once is no attack
 MAX_FALTERS = 2  # a leader that was silent so often in a round leads last
 
 
@@ -65,10 +66,31 @@ class Fuse:
 
 
 class Leaders:
-    """Who leads an attempt of this round, as far as one peer can tell: silent leaders come last."""
+    """Who leads an attempt of this round, as far as one peer can tell: silent leaders come last.
+
+    And whose proposals are heard. Anybody may propose, and a later proposal ends an earlier one; so one who
+    proposes again and again, and never begins, could keep all others from ever beginning. Each of its
+    proposals that came to nothing, beyond the first ones, doubles the time for which it is not heard. To
+    refuse a proposal is always safe (`ballot.py`); a leader whose messages are lost is heard again.
+    """
 
     def __init__(self) -> None:
         self._falters: Counter[str] = Counter()
+        self._num_idle: Counter[str] = Counter()  # accepted proposals that never began, by author
+        self._unheard_until: dict[str, float] = {}  # by author
+
+    def came_to_nothing(self, author: str, now: float, pause_seconds: float, max_seconds: float) -> None:
+        """A proposal of `author` was accepted, and another one follows before it began.
+
+        `pause_seconds`: what one attempt of somebody else takes.
+        """
+        self._num_idle[author] += 1
+        if (excess := self._num_idle[author] - MAX_IDLE_PROPOSALS) > 0:
+            pause = min(max_seconds, pause_seconds * 2.0 ** min(excess - 1, 20))
+            self._unheard_until[author] = now + pause
+
+    def is_heard(self, author: str, now: float) -> bool:
+        return now >= self._unheard_until.get(author, now)
 
     def was_silent(self, leader: str) -> None:
         self._falters[leader] += 1

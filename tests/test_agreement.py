@@ -255,6 +255,36 @@ def test_nobody_waits_for_one_whose_process_ends_while_it_finetunes(tmp_path: Pa
         assert_one_chain(others, 1)
 
 
+def test_who_proposes_without_end_and_never_begins_does_not_keep_the_others_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its proposals ends the attempt of whoever leads; so it is heard less and less."""
+    short_waits(monkeypatch)
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        *others, pest = members
+
+        async def propose_for_ever() -> None:
+            attempt = 0
+            while True:
+                proposal = make_proposal([pest, *others], attempt=attempt, proposed_at=Network.now())
+                body = sign(proposal, pest.identity).to_json()
+                calls = [
+                    pest.network.call(m.peer_id, "propose", body, timeout_seconds=CALL_SECONDS)
+                    for m in others
+                ]
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                told = [json.loads(a).get("attempt", attempt) for a in answers if isinstance(a, bytes)]
+                attempt = max([attempt, *told]) + 1
+
+        tormenting = pest.network.submit(propose_for_ever())
+        for outcome in outcomes([member.fuse(same_state) for member in others]):
+            assert isinstance(outcome, Committed | Overtaken)
+        tormenting.cancel()
+        assert max(member.agreement.chain.round for member in others) == 1
+
+
 def test_who_never_signs_is_waited_for_as_its_round_trips_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -333,6 +333,7 @@ class Peer:
             self.attempt = max(self.attempt, self.voter.promise.attempt) + 1
             return
         self.store_promise()
+        self.count_idle_proposal()
         self.attempt = proposal.attempt
         self.proposal = (self.peer_id, proposal)
         self.candidacy = (candidacy, proposal, self.now + LEADER_SECONDS / 2)
@@ -411,19 +412,28 @@ class Peer:
         author, proposal = open_envelope(body, Proposal)
         if self.voting is not None and self.now < self.voting[2]:
             return
+        promised = max(self.attempt, self.voter.promise.attempt)
+        if not self.leaders.is_heard(author, self.world.time):
+            self.world.send(self, source.peer_id, "answer", {"accept": False, "attempt": promised})
+            return
         mine = self.proposal
         if mine is not None and mine[0] == self.peer_id and mine[1].attempt == proposal.attempt:
             self.leaders.two_at_once()
         try:
             answer = self.voter.accept(author, proposal, self.view())
         except RecordError:
-            promised = max(self.attempt, self.voter.promise.attempt)
             self.world.send(self, source.peer_id, "answer", {"accept": False, "attempt": promised})
             return
         self.store_promise()
+        self.count_idle_proposal()
         self.proposal, self.voting = (author, proposal), None
         self.attempt = max(self.attempt, proposal.attempt)
         self.world.send(self, source.peer_id, "answer", {**answer.to_json(), "proposal": proposal.hash})
+
+    def count_idle_proposal(self) -> None:
+        author, proposal = self.proposal or ("", None)
+        if proposal is not None and author != self.peer_id and proposal.hash != self.last_begun:
+            self.leaders.came_to_nothing(author, self.world.time, LEADER_SECONDS, LEASE)
 
     def on_answer(self, source: Peer, body: Any) -> None:
         if not body["accept"]:
@@ -604,6 +614,7 @@ class Swarm(RuleBasedStateMachine):
             world.advance(1.0)
             if chance.random() < faults:
                 happens = [self.isolate, self.isolate, self.crash, self.restart, self.crash_and_restart]
+                happens.append(lambda index: self.think_gone(index, chance.randrange(6)))
                 chance.choice([*happens, lambda _: self.heal()])(chance.randrange(6))
             for p in world.peers:
                 if p.is_alive and chance.random() < 0.8:
@@ -691,6 +702,13 @@ class Swarm(RuleBasedStateMachine):
             other.wanted = proposer.chain.tip
         if proposer.is_alive and proposer.candidacy is None:
             proposer.propose_rollback()
+
+    @rule(index=INDEX, other=INDEX)
+    def think_gone(self, index: int, other: int) -> None:
+        """A peer believes that another one has ended (`departures.py`): wrongly, for all it matters here."""
+        one, gone = self._peer(index), self._peer(other)
+        if one.is_alive:
+            one.membership.forget(gone.peer_id)
 
     @invariant()
     def two_kept_chains_of_one_tip_are_equal_in_worth(self) -> None:
