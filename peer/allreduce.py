@@ -88,7 +88,7 @@ STRAGGLER_FACTOR = 20.0  # times what the median sender took, for the slowest on
 TRICKLE_FACTOR = 20.0  # times what the rate predicts, for a part of which bytes come all the time
 ALIVE_SECONDS = 0.5  # a reducer that waits for others says so this often
 GROUP_WAIT_SECONDS = 5.0  # a sender may be ahead of our own start
-OPEN_SECONDS = 5.0  # one attempt to open a stream
+OPEN_SECONDS = 5.0  # one attempt to open a stream; of a slow link more, once it has shown how slow
 PAUSES_SECONDS = (0.05, 0.3, 0.6)  # before opening a broken stream again; then its peer counts as gone
 RECONNECT_SECONDS = 2.0  # a reducer waits so long for a sender whose stream broke
 SERVED_POLL_SECONDS = 0.1
@@ -191,6 +191,10 @@ class AllReduceService:
     def rate(self, peer_id: str) -> float:
         return self._rates.get(peer_id, UNMEASURED_BYTES_PER_SECOND)
 
+    def slack_seconds(self, peer_id: str, num_bytes: int) -> float:
+        """What the link adds to the patience that a process needs, for so many bytes: as it was measured."""
+        return self.link_seconds(peer_id) + STALL_FACTOR * num_bytes / self.rate(peer_id)
+
     def link_seconds(self, peer_id: str) -> float:
         """What a slow link adds to every patience with a peer; 0 before the first stream to it."""
         return OPENING_FACTOR * self._openings.get(peer_id, 0.0)
@@ -214,7 +218,7 @@ class AllReduceService:
     async def _compare_in_time(self, last: _Told, member: str) -> None:
         """All questions to one member together: one who answers slowly must not hold up the round."""
         try:
-            async with asyncio.timeout(STALL_FLOOR_SECONDS):
+            async with asyncio.timeout(STALL_FLOOR_SECONDS + self.link_seconds(member)):
                 await self._compare_statements(last, member)
         except TimeoutError:
             logger.info("statements of %s not compared in time", member[-8:])
@@ -232,7 +236,8 @@ class AllReduceService:
             logger.info("statements of %s not compared: %s", member[-8:], error)
 
     async def _ask_statements(self, member: str, body: dict[str, str]) -> bytes:
-        return await self.network.call(member, "statements", body, timeout_seconds=STALL_FLOOR_SECONDS)
+        limit = STALL_FLOOR_SECONDS + self.link_seconds(member)
+        return await self.network.call(member, "statements", body, timeout_seconds=limit)
 
     async def _on_statements(self, _peer_id: str, body: Any) -> bytes:
         last = self._last
@@ -418,8 +423,8 @@ class _Exchange:
 
     def stall_limit(self, peer_id: str, num_bytes: int) -> float:
         """Seconds in which the next `num_bytes` from a peer must come, from what its link has shown."""
-        limit = STALL_FLOOR_SECONDS + STALL_FACTOR * num_bytes / self.service.rate(peer_id)
-        return min(limit + self.service.link_seconds(peer_id), self.rules.limit_seconds)
+        limit = STALL_FLOOR_SECONDS + self.service.slack_seconds(peer_id, num_bytes)
+        return min(limit, self.rules.limit_seconds)
 
     def part_limit(self, peer_id: str, num_bytes: int) -> float:
         """Seconds in which `num_bytes` must be here in full, though some of them come all the time.
@@ -465,7 +470,7 @@ class _Exchange:
             member,
             self.service.name,
             hello,
-            timeout_seconds=OPEN_SECONDS,
+            timeout_seconds=OPEN_SECONDS + self.service.link_seconds(member),
             frame_names=FRAME_NAMES,
         )
         self.service.opened(member, time.monotonic() - opening_since)

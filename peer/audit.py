@@ -57,9 +57,12 @@ logger = logging.getLogger(__name__)
 
 MAX_EVIDENCE_BYTES = 64 * 1024 * 1024
 MAX_MEMBERS = 1024  # of a group; to open a signed record takes half a millisecond
-CALL_TIMEOUT_SECONDS = 10.0
+# Floors for the process at the other end, which scores the new state meanwhile; size and link come on top.
+CALL_FLOOR_SECONDS = 10.0
+WINDOW_FLOOR_SECONDS = (
+    6.0  # after a commit: members commit within a second, and an audit takes less than that
+)
 NUM_ATTEMPTS = 2  # to get one part from one peer
-WINDOW_SECONDS = 6.0  # after a commit: members commit within a second of each other, an audit takes less
 _LENGTH = struct.Struct(">I")
 
 
@@ -314,6 +317,7 @@ class _Accusation(Record):
     round: Count
 
 
+Slack = Callable[[str, int], float]  # seconds that so many bytes may take to or from a peer, as measured
 Convict = Callable[[str, str, int], None]  # reducer, why, round: once for each pair, in the network's thread
 
 
@@ -344,8 +348,11 @@ class AuditService:
         convict: Convict,
         live_peers: Callable[[], Sequence[str]],
         chain: Callable[[], Chain],
+        slack: Slack,
     ) -> None:
+        """`slack`: what the link to a peer adds to every deadline, for a number of bytes."""
         self._network, self._run_digest, self._rules = network, run_digest, rules
+        self._slack = slack
         self._convict, self._live_peers, self._chain = convict, live_peers, chain
         self._statements = StatementLog()
         self._record: RoundRecord | None = None
@@ -364,8 +371,14 @@ class AuditService:
         self._record = record
         self.traffic = AuditTraffic()
 
-    async def _forget_later(self, record: RoundRecord) -> None:
-        await asyncio.sleep(WINDOW_SECONDS)
+    def _window_seconds(self, record: RoundRecord, num_parts: int) -> float:
+        """How long to answer auditors: as long as the slowest of them may need for what it asks of me."""
+        num_bytes = num_parts * record.outgoing.codec.size_bytes(record.outgoing.grid.part_values)
+        others = {*record.statements, *record.manifests} - {self._network.peer_id}
+        return WINDOW_FLOOR_SECONDS + max((self._slack(peer, num_bytes) for peer in others), default=0.0)
+
+    async def _forget_later(self, record: RoundRecord, num_parts: int) -> None:
+        await asyncio.sleep(self._window_seconds(record, num_parts))
         if self._record is record:
             self.forget()
 
@@ -392,7 +405,7 @@ class AuditService:
         record = self._record
         if record is None:
             return
-        self._network.create_task(self._forget_later(record))
+        self._network.create_task(self._forget_later(record, num_parts))
         await self._audit_statements(record)
         own = self._network.peer_id
         statements = {
@@ -464,7 +477,8 @@ class AuditService:
 
     async def _ask(self, peer_id: str, body: dict[str, Any], max_bytes: int) -> bytes:
         data = bytearray()
-        async for chunk in self._network.stream(peer_id, "audit", body, timeout_seconds=CALL_TIMEOUT_SECONDS):
+        limit = CALL_FLOOR_SECONDS + self._slack(peer_id, min(max_bytes, STREAM_PART_BYTES))
+        async for chunk in self._network.stream(peer_id, "audit", body, timeout_seconds=limit):
             data += chunk
             if len(data) > max_bytes:
                 raise NotConclusive(f"{peer_id[-8:]} sent more than a part")
@@ -514,8 +528,9 @@ class AuditService:
 
     async def _announce(self, peer_id: str, accusation: _Accusation) -> None:
         body = accusation.model_dump(mode="json")
+        limit = CALL_FLOOR_SECONDS + self._slack(peer_id, 0)
         try:
-            await self._network.call(peer_id, "accuse", body, timeout_seconds=CALL_TIMEOUT_SECONDS)
+            await self._network.call(peer_id, "accuse", body, timeout_seconds=limit)
         except PeerUnreachable as error:
             logger.info("evidence not announced: %s", error)
 

@@ -225,6 +225,7 @@ class Session:
             convict=self._convict,
             live_peers=lambda: [member.peer_id for member in self._agreement.live()],
             chain=lambda: self._agreement.chain,
+            slack=lambda peer, num_bytes: self._allreduce.slack_seconds(peer, num_bytes),
         )
         serve_run(self._network, spec, self._dir / "base", self._find_state, self._audit.open_evidence)
         validator = BoardValidator(spec.digest, admission=self._admission)

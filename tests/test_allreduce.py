@@ -23,13 +23,14 @@ from coordinator.records import open_signed, sign
 from coordinator.streams import FrameStream, StreamError, open_stream
 from peer import allreduce
 from peer.aggregate import needs_gram
-from peer.allreduce import Reduced, _Exchange, _joined, _Reducer
+from peer.allreduce import AllReduceService, Reduced, _Exchange, _joined, _Reducer
 from peer.compression import CODECS
 from peer.fusion import Member, fuse
 from peer.manifest import MAX_SIGNED_BYTES, Outgoing, Statement, join_hashes, part_hash
 from peer.parts import PartGrid
 from tests.exchanges import (
     NUM_PEERS,
+    RUN,
     SIZE,
     Swarm,
     decoded_rows,
@@ -240,6 +241,17 @@ def test_bytes_are_counted(swarm: Swarm) -> None:
     assert sent == sum(result.traffic.num_bytes_received for result in results)
     values = 2 * (NUM_PEERS - 1) * SIZE * 4
     assert values < sent < values + NUM_PEERS * (NUM_PEERS - 1) * 4096
+
+
+def test_patience_follows_from_the_link(swarm: Swarm) -> None:
+    """Four times what the bytes take at the measured rate, and twice what opening a stream took."""
+    service = AllReduceService(swarm.networks[0], identity("a"), RUN)
+    assert service.slack_seconds("b", 125_000) == 4.0  # nothing measured: as on the slowest link, 1 Mbit/s
+    service.measured("b", 1_000_000.0)
+    service.opened("b", 0.25)
+    assert service.slack_seconds("b", 125_000) == 0.5 + 0.5
+    assert service.slack_seconds("b", 0) == 0.5
+    assert service.slack_seconds("c", 0) == 0.0  # of one link only
 
 
 def test_ranges_of_missing_parts() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from coordinator.agreement import Group
 from coordinator.chain import Chain
 from coordinator.identity import Identity
-from coordinator.network import PeerUnreachable
+from coordinator.network import Network, PeerUnreachable
 from coordinator.records import RecordError, SignedCommit, open_signed, sign
 from coordinator.transfer import serve_blobs
 from peer import allreduce, audit, reduction
@@ -45,6 +45,7 @@ class Audits:
     services: list[AuditService]
     convicted: list[list[tuple[str, str, int]]]
     chain: list[Chain] = dataclasses.field(default_factory=lambda: [Chain(make_spec())])  # of all, the last
+    slack: Callable[[str, int], float] = lambda _peer, _num_bytes: 0.0  # what links add to deadlines
 
     def commit(self, group: Group) -> None:
         """The next round of the chain that all services see: of this group. Nobody checks who signed."""
@@ -137,6 +138,7 @@ def started() -> Iterator[Audits]:
                 convict=_recorder(guilty),
                 live_peers=others.copy,
                 chain=lambda: audits.chain[-1],
+                slack=lambda peer, num_bytes: audits.slack(peer, num_bytes),
             )
             service.start()
             serve_blobs(network, RUN, _opener(service))
@@ -203,7 +205,7 @@ def test_who_has_forgotten_audits_nothing_and_answers_nothing(
 ) -> None:
     """After the window the parts are free; one who still asks gets no answer, and convicts nobody."""
     _, outgoing, results = reduced(audits, "fp32", ("mean", "none"))
-    monkeypatch.setattr(audit, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(audit, "WINDOW_FLOOR_SECONDS", 0.0)
     records = audits.keep(results, outgoing, ("mean", "none"))
     for index in range(NUM_PEERS):
         audits.audit(index, 0)  # the window of each begins with its own audit
@@ -219,6 +221,28 @@ def test_who_has_forgotten_audits_nothing_and_answers_nothing(
     assert audits.services[0].traffic.num_parts == 0
     assert audits.services[0].traffic.num_not_conclusive > 0
     assert audits.convicted == [[]] * NUM_PEERS
+
+
+def test_deadlines_follow_from_size_and_link(audits: Audits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link on which 1000 bytes may take a second: a part of 4 kB more than the 10 s for the process."""
+    _, outgoing, results = reduced(audits, "fp32", ("mean", "none"))
+    audits.keep(results, outgoing, ("mean", "none"))
+    monkeypatch.setattr(audits, "slack", lambda _, num_bytes: num_bytes / 1000)
+    limits: list[float] = []
+    stream = Network.stream
+
+    def noted(self: Network, peer_id: str, method: str, body: object, *, timeout_seconds: float) -> Any:
+        limits.append(timeout_seconds)
+        return stream(self, peer_id, method, body, timeout_seconds=timeout_seconds)
+
+    monkeypatch.setattr(Network, "stream", noted)
+    audits.audit(0, 1)
+    part_bytes = outgoing[0].codec.size_bytes(GRID.part_values)
+    assert set(limits) <= {10.0 + GRID.size(part) * 4 / 1000 for part in range(GRID.num_parts)}
+    assert limits
+    record = audits.services[0]._record
+    assert record is not None
+    assert audits.services[0]._window_seconds(record, 3) == 6.0 + 3 * part_bytes / 1000
 
 
 @pytest.mark.parametrize("codec", ["int8", "topk"])

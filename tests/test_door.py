@@ -81,6 +81,7 @@ class Member:
             convict=lambda *_: None,
             live_peers=list,
             chain=lambda: self.agreement.chain,
+            slack=self.allreduce.slack_seconds,
         )
         self.audit.start()
         self.run(self.agreement.start())
