@@ -23,7 +23,7 @@ from coordinator.network import Network
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5  # between two looks while I wait for others: one call to the own daemon, 1 ms
+LOOK_SECONDS = 0.25  # between two looks while I wait for others: one call to the own daemon, 1 ms
 QUIET_SECONDS = 2.0  # between two looks while I am busy myself; and at one who is there but not connected
 NUM_REFUSALS = 2  # in a row; a daemon that is replaced in place refuses for an instant as well
 DIAL_SECONDS = 1.0  # a refusal takes one round trip; what takes longer is none
