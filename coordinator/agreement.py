@@ -234,6 +234,7 @@ class Agreement:
         self._network.create_task(self._presence.keep_publishing())
         self._network.create_task(self._keep_watching())
         self._network.create_task(self._departures.keep_looking())
+        self._network.on_restart(self._come_back)
         if self._admission is not None:
             self._start_revoking(self._admission)
 
@@ -430,6 +431,10 @@ class Agreement:
                 if found is not None and self.chain is chain:  # else I have caught up meanwhile
                     self.is_overtaken = True
             self._bell.ring()
+
+    async def _come_back(self) -> None:
+        """With a new daemon: while there was none, my machine refused, so the others may count me as gone."""
+        self._network.create_task(self._presence.tell_everybody())
 
     def _needed(self) -> tuple[list[Member], bool]:
         """Whom I may have to wait for in this round, and whether I do already."""

@@ -6,6 +6,8 @@ import asyncio
 import concurrent.futures
 import hashlib
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -253,6 +255,20 @@ def test_nobody_waits_for_one_whose_process_ends_while_it_finetunes(tmp_path: Pa
             assert isinstance(outcome, Committed)
             assert set(outcome.group.members) == {member.peer_id for member in others}
         assert_one_chain(others, 1)
+
+
+def test_who_gets_a_new_daemon_tells_that_it_is_still_there(tmp_path: Path) -> None:
+    """Its next heartbeat would come after 50 s; until then it would be gone for whoever was refused."""
+    spec = make_spec(lease_seconds=300.0, created_at=Network.now())
+    with swarm(2, tmp_path, spec) as (one, other):
+        other.run(other.agreement.set_phase("finetuning", entered_at=Network.now()))
+        os.kill(other.network.p2p._child.pid, signal.SIGKILL)
+        one.agreement.membership.forget(other.peer_id)
+        assert one.agreement.live() == []
+        ends_at = time.monotonic() + 2 * CALL_SECONDS
+        while not one.agreement.live():
+            assert time.monotonic() < ends_at
+            time.sleep(0.05)
 
 
 def test_who_proposes_without_end_and_never_begins_does_not_keep_the_others_from_it(
