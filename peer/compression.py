@@ -51,6 +51,7 @@ MAX_SCRATCH_VALUES = 128 * 1024  # that a thread keeps: 512 KB, more than a part
 TOPK_ONE_IN = 16  # the share of a part's values that is sent
 _MIN_SCALE = 0x0080  # bfloat16 bits of 2**-126: its reciprocal is finite
 _MAX_SCALE = 0x7B80  # bfloat16 bits of 2**120: times a code of 8 bits it is finite
+_LARGEST_SCALE = 2.0**120  # the same as a number
 _FP16_LARGEST, _FP16_INFINITE = 65504.0, 0x7C00
 _BF16_INFINITE = 0x7F80
 _TOPK_LARGEST = 32752 * 2.0**113  # what lies above would round to 2**15 x 2**113, which is infinite
@@ -71,6 +72,12 @@ class Codec(Protocol):
     def encode(self, values: torch.Tensor) -> memoryview:
         """(n,) values to bytes. Raises ValueError where one is not finite; fp32 does not look."""
 
+    def encode_and_decode(self, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
+        """What `encode` gives, and (n,) what `decode` makes of it, bit for bit.
+
+        To be used up before this thread encodes again: its memory may be scratch, or that of `values`.
+        """
+
     def decode(self, data: Data, num_values: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Bytes, of any alignment, to (num_values,) finite values: a new tensor, or `out`.
 
@@ -90,6 +97,9 @@ class Float32:
     def encode(self, values: torch.Tensor) -> memoryview:
         """The bytes of `values` themselves: no copy, so they must not change while the bytes are in use."""
         return _view(_array(values))
+
+    def encode_and_decode(self, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
+        return self.encode(values), values
 
     def decode(self, data: Data, num_values: int, out: torch.Tensor | None = None) -> torch.Tensor:
         source = _read(data, "<f4", self.size_bytes(num_values))
@@ -116,6 +126,9 @@ class Float16:
             clipped = np.clip(source, -_FP16_LARGEST, _FP16_LARGEST)
             _copy_in_chunks(torch.from_numpy(clipped), torch.from_numpy(data))
         return _view(data)
+
+    def encode_and_decode(self, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
+        return _encode_and_decode(self, values)
 
     def decode(self, data: Data, num_values: int, out: torch.Tensor | None = None) -> torch.Tensor:
         source = _read(data, "<u2", self.size_bytes(num_values)).copy()
@@ -145,6 +158,9 @@ class BFloat16:
             data[(data & 0x7FFF) == _BF16_INFINITE] -= 1  # a finite value that was rounded to infinity
         return _view(data)
 
+    def encode_and_decode(self, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
+        return _encode_and_decode(self, values)
+
     def decode(self, data: Data, num_values: int, out: torch.Tensor | None = None) -> torch.Tensor:
         source = _read(data, "<u2", self.size_bytes(num_values))
         if (source & 0x7FFF).max() >= _BF16_INFINITE:
@@ -172,17 +188,31 @@ class Blockwise:
         return _num_blocks(num_values) * (2 + BLOCK_VALUES * self.bits // 8)
 
     def encode(self, values: torch.Tensor) -> memoryview:
+        return self._encode(values)[0]
+
+    def encode_and_decode(self, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
+        """The codes are in the cache, and no memory is new: half of what `decode` takes, 60 us per part."""
+        data, codes, scales = self._encode(values)
+        decoded = _work(codes.size).reshape(codes.shape)
+        np.copyto(decoded, codes)  # not the quotients that were rounded: those have a zero of either sign
+        np.multiply(decoded, scales[:, None], out=decoded)
+        return data, torch.from_numpy(decoded.reshape(-1)[: values.numel()])
+
+    def _encode(self, values: torch.Tensor) -> tuple[memoryview, _Array, _Array]:
+        """The part; its codes (num_blocks, 64) and scales (num_blocks,)."""
         num_blocks = _num_blocks(_array(values).size)
         blocks = _padded(values.detach().numpy(), num_blocks).reshape(num_blocks, BLOCK_VALUES)
         data = np.empty(self.size_bytes(values.numel()), np.uint8)
-        scales, packed = data[: 2 * num_blocks].view("<u2"), data[2 * num_blocks :].view(np.int8)
+        scale_bits, packed = data[: 2 * num_blocks].view("<u2"), data[2 * num_blocks :].view(np.int8)
         codes = packed if self.bits == 8 else np.empty(blocks.size, np.int8)
+        codes = codes.reshape(blocks.shape)
         work = np.abs(blocks, out=_work(blocks.size).reshape(blocks.shape))
-        scales[:] = self._scales(_largest_of_each(work))
-        self._quantize(blocks, scales, work, codes.reshape(blocks.shape))
+        scale_bits[:] = self._scales(_largest_of_each(work))
+        scales = _from_bfloat16(scale_bits)
+        self._quantize(blocks, scales, work, codes)
         if self.bits == 4:
-            _pack_halves(codes, packed)
-        return _view(data)
+            _pack_halves(codes.reshape(-1), packed)
+        return _view(data), codes, scales
 
     def _scales(self, largest: _Array) -> _Array:
         """bfloat16 bits of largest / largest_code, rounded up."""
@@ -191,9 +221,9 @@ class Blockwise:
 
     def _quantize(self, blocks: _Array, scales: _Array, work: _Array, codes: _Array) -> None:
         """Write blocks / scales, rounded to integers, ties to even, to codes."""
-        np.multiply(blocks, np.float32(1.0) / _from_bfloat16(scales)[:, None], out=work)
+        np.multiply(blocks, np.float32(1.0) / scales[:, None], out=work)
         np.rint(work, out=work)
-        if scales.max() == _MAX_SCALE:  # only then can a value be beyond the codes: it saturates
+        if scales.max() == _LARGEST_SCALE:  # only then can a value be beyond the codes: it saturates
             np.clip(work, -self.largest_code, self.largest_code, out=work)
         np.copyto(codes, work, casting="unsafe")
 
@@ -237,6 +267,9 @@ class TopK:
         data[index_stop:].view("<f2")[:] = kept * np.float32(1.0 / unit)
         return _view(data)
 
+    def encode_and_decode(self, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
+        return _encode_and_decode(self, values)
+
     def decode(self, data: Data, num_values: int, out: torch.Tensor | None = None) -> torch.Tensor:
         source = _read(data, np.uint8, self.size_bytes(num_values))
         index_stop = 4 + _num_kept(num_values) * _index_type(num_values).itemsize
@@ -266,6 +299,11 @@ def residual_into(values: torch.Tensor, encoded: Data, codec: Codec) -> None:
     """
     decoded = codec.decode(encoded, values.numel())
     np.subtract(values.numpy(), decoded.numpy(), out=values.numpy())
+
+
+def _encode_and_decode(codec: Codec, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
+    data = codec.encode(values)
+    return data, codec.decode(data, values.numel())
 
 
 def _num_blocks(num_values: int) -> int:

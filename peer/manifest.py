@@ -137,8 +137,7 @@ def prepare(
     norms = []
     for part in range(grid.num_parts):
         start, stop = grid.bounds(part)
-        data = codec.encode(delta[start:stop])
-        values = codec.decode(data, stop - start) if codec.is_lossy else delta[start:stop]
+        data, values = codec.encode_and_decode(delta[start:stop])
         parts.append(data)
         hashes += part_hash(data)
         norms.append(squared_norm(values))

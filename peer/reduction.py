@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from peer.aggregate import Plan, combine, make_plan, needs_gram
-from peer.compression import Codec, residual_into
+from peer.compression import Codec
 from peer.manifest import Manifest, join_hashes, norms_agree, part_hash, squared_norm
 from peer.parts import PartGrid
 
@@ -172,8 +172,8 @@ def encode_result(
         return codec.encode(values), None
     if residual is not None:
         np.add(values.numpy(), residual.numpy(), out=values.numpy())
-    data = codec.encode(values)
-    residual_into(values, data, codec)
+    data, sent = codec.encode_and_decode(values)
+    np.subtract(values.numpy(), sent.numpy(), out=values.numpy())
     return data, values
 
 

@@ -263,6 +263,18 @@ def test_no_thread_is_started_where_torch_alone_would() -> None:
     assert by_torch > 0  # so the count can tell
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("size", [1, 64, 100, 4096, 70_001])
+def test_encoded_and_decoded_in_one_go(name: str, size: int) -> None:
+    """Residuals come from the one, states from the other: they are hashed, so a zero's sign counts, too."""
+    codec, values = CODECS[name], delta(size)
+    values[::7] *= -1e-9  # rounded to zero from below
+    data, decoded = codec.encode_and_decode(values)
+    assert bytes(data) == bytes(codec.encode(values.clone()))
+    data, decoded = codec.encode_and_decode(values)
+    assert decoded.view(torch.int32).tolist() == codec.decode(data, size).view(torch.int32).tolist()
+
+
 # Error feedback.
 
 
