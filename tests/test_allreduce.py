@@ -23,7 +23,7 @@ from coordinator.records import open_signed, sign
 from coordinator.streams import FrameStream, StreamError, open_stream
 from peer import allreduce
 from peer.aggregate import needs_gram
-from peer.allreduce import AllReduceService, Reduced, _Exchange, _joined, _Reducer
+from peer.allreduce import AllReduceService, Reduced, _Exchange, _joined, _Patience, _Reducer
 from peer.compression import CODECS
 from peer.fusion import Member, fuse
 from peer.manifest import MAX_SIGNED_BYTES, Outgoing, Statement, join_hashes, part_hash
@@ -693,6 +693,44 @@ def test_a_slow_reducer_says_that_it_is_alive(
     results = swarm.reduce(group, outgoing)
     assert_mean_of_recorded(group, results, outgoing)
     assert missing_of(results, VICTIM) == ()
+
+
+class _HeardStream:
+    """Bytes come all the time."""
+
+    @property
+    def heard_at(self) -> float:
+        return time.monotonic()
+
+
+def test_a_frame_that_trickles_in() -> None:
+    """Silence is no matter here, so the limit of the whole frame ends it."""
+
+    async def wait() -> None:
+        async with asyncio.timeout(None) as limit:
+            patience = _Patience(_HeardStream(), limit)  # type: ignore[arg-type]
+            patience.begin(0.02, 0.2)
+            await _never()
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(wait())
+    assert 0.2 <= time.monotonic() - began < CALL_SECONDS
+
+
+def test_frames_in_time_put_off_the_limit() -> None:
+    async def wait() -> float:
+        async with asyncio.timeout(None) as limit:
+            patience = _Patience(_HeardStream(), limit)  # type: ignore[arg-type]
+            patience.begin(0.02, 0.02)
+            patience.end()
+            await asyncio.sleep(0.1)  # nobody waits for a frame
+            patience.begin(CALL_SECONDS, CALL_SECONDS)
+            await asyncio.sleep(0.1)
+            patience.close()
+        return limit.when() or 0.0
+
+    assert asyncio.run(wait()) == 0.0
 
 
 def _nan_result(original: Any, self: _Reducer, stream: FrameStream, index: int) -> Any:
