@@ -740,8 +740,8 @@ class _Exchange:
 class _Patience:
     """Lets a timeout expire when the frame that is waited for does not come, or not all of it.
 
-    One timer that puts itself off: a task and a timer for each frame took 34 us, 260 times an exchange; this
-    takes less than one.
+    One timer that puts itself off: with a task and a timer for each frame, receiving one took 39 us of
+    Python, with this 8, 260 times an exchange.
     """
 
     def __init__(self, stream: FrameStream, limit: asyncio.Timeout) -> None:
@@ -753,7 +753,9 @@ class _Patience:
     def begin(self, silence_seconds: float, frame_seconds: float) -> None:
         self._since = time.monotonic()
         self._silence_seconds, self._frame_seconds = silence_seconds, frame_seconds
-        if self._timer is None:
+        # The limits shrink when a link turns out to be fast: the timer that is set may be seconds too late.
+        if self._timer is None or self._timer.when() > asyncio.get_running_loop().time() + silence_seconds:
+            self.close()
             self._look()
 
     def end(self) -> None:

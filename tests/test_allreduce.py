@@ -733,6 +733,26 @@ def test_frames_in_time_put_off_the_limit() -> None:
     assert asyncio.run(wait()) == 0.0
 
 
+def test_a_limit_that_shrinks_counts_from_the_next_frame() -> None:
+    """What was set for a link of which nothing is known must not outlast its first measurement."""
+
+    class Silent:
+        heard_at = 0.0
+
+    async def wait() -> None:
+        async with asyncio.timeout(None) as limit:
+            patience = _Patience(Silent(), limit)  # type: ignore[arg-type]
+            patience.begin(10 * CALL_SECONDS, 20 * CALL_SECONDS)
+            patience.end()
+            patience.begin(0.05, 0.1)
+            await _never()
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(wait())
+    assert 0.05 <= time.monotonic() - began < CALL_SECONDS
+
+
 def _nan_result(original: Any, self: _Reducer, stream: FrameStream, index: int) -> Any:
     return stream.send(allreduce._RESULT, np.full(len(self._results[index]) // 4, np.nan, "<f4").tobytes())
 
