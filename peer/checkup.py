@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
@@ -366,6 +366,12 @@ def judge_clock(samples: Sequence[ClockSample], *, lease_seconds: float = 30.0) 
     return Check(
         "clock", "warning", f"{said}; above {CLOCK_DIFFERENCE_SECONDS:.0f} s rounds may fork", fix, figures
     )
+
+
+def judge_clock_at_a_glance(samples: Sequence[ClockSample], *, lease_seconds: float) -> Check:
+    """For `join`, which looks for a few seconds: seeing nobody is worth a warning, and ends nothing."""
+    check = judge_clock(samples, lease_seconds=lease_seconds)
+    return check if samples else replace(check, status="warning")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from coordinator.organizer import load_organizer
 
 if TYPE_CHECKING:
     from coordinator.spec import RunSpec
-    from peer.checkup import ClockSample
+    from peer.checkup import Check
     from peer.config import PeerConfig
     from peer.display import Reporter
     from peer.genesis import State
@@ -365,13 +365,13 @@ def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter,
     """What `peer.doctor` looks at and takes a second. Raises SwarmError; warnings are told and it goes on."""
     from coordinator.admission import CREDENTIAL_NAME
     from coordinator.spec import load_spec
-    from peer.checkup import judge_clock, raise_failure
+    from peer.checkup import judge_clock_at_a_glance, raise_failure
     from peer.ledger_file import LEDGER_NAME, Ledger
     from peer.probes import quick_checks
     from peer.stopping import StopRequested
     from peer.swarm_probes import glance
 
-    clocks: list[ClockSample] = []
+    clock: list[Check] = []
     is_member = config.invite is None and (config.output_dir / CREDENTIAL_NAME).exists()
     if spec is None and config.initial_peers and not is_member:
         try:
@@ -379,9 +379,11 @@ def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter,
                 spec, clocks = glance(config, stop.check, ledger.sent)
         except StopRequested:
             return  # the session stops in order
+        if spec is not None and clocks is not None:
+            clock = [judge_clock_at_a_glance(clocks, lease_seconds=spec.lease_seconds)]
     elif spec is None and (config.output_dir / "run.toml").exists():
         spec = load_spec(config.output_dir / "run.toml")
-    checks = [*quick_checks(config, spec), *([judge_clock(clocks)] if clocks else [])]
+    checks = [*quick_checks(config, spec), *clock]
     raise_failure(checks)
     for check in checks:
         if check.status == "warning":

@@ -176,11 +176,12 @@ def find_spec(network: ProbeNetwork, config: PeerConfig) -> RunSpec:
 
 def glance(
     config: PeerConfig, check: Callable[[], None] = lambda: None, record: Recorder = ignore
-) -> tuple[RunSpec | None, list[ClockSample]]:
+) -> tuple[RunSpec | None, list[ClockSample] | None]:
     """What `join` looks at before it starts: the run, and the clocks of the entry points.
 
-    (None, []) where nobody answers: the session tries longer, and knows more addresses. `check` is called
-    while waiting and may raise; `record` is told what is sent.
+    (None, None) where nobody answers: the session tries longer, and knows more addresses. No clocks where
+    there is not one heartbeat; None where there are, but whose authors may be dead. `check` is called while
+    waiting and may raise; `record` is told what is sent.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -190,10 +191,11 @@ def glance(
                 log = HeartbeatLog(network, spec)
                 network.run(log.start(), timeout_seconds=DAEMON_SECONDS, check=check)
                 network.run(log.read_first(), timeout_seconds=2 * FIRST_HEARTBEATS_SECONDS, check=check)
-                return spec, clock_samples(log.heartbeats, answering(network))
+                samples = clock_samples(log.heartbeats, answering(network))
+                return spec, samples if samples or not log.heartbeats else None
         except (NetworkError, SpecError) as error:
             logger.info("no look at the swarm before joining: %s", error)
-            return None, []
+            return None, None
 
 
 def clock_samples(heartbeats: Sequence[Heartbeat], alive: Collection[str]) -> list[ClockSample]:

@@ -51,6 +51,13 @@ def test_a_clock_that_is_wrong_ends_it_before_anything_is_downloaded(tmp_path: P
         check(tmp_path / "out", None, "--initial-peers", swarm.address)
 
 
+def test_a_clock_ahead_by_more_than_a_lease_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It sees no heartbeat at all; without a word it would be alone in a swarm that is well."""
+    with serving(tmp_path / "swarm", shift_seconds=-60.0) as swarm, caplog.at_level(logging.WARNING):
+        check(tmp_path / "out", None, "--initial-peers", swarm.address)
+    assert "clock: peers answer, but their heartbeats are not seen; your clock may be ahead" in caplog.text
+
+
 def test_where_nobody_answers_the_session_says_so_not_this(tmp_path: Path) -> None:
     check(tmp_path, None, "--initial-peers", DEAD)
 
