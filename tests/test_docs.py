@@ -343,6 +343,106 @@ def judge(n):
     assert [undocumented(said, page) for said in found] == [False, True]
 
 
+# ---- what join says
+
+
+ERRORS = {
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, SwarmError)
+} | {"ArgumentTypeError", "GroupFailed", "PeerUnreachable", "StreamError"}
+CLAUSE_END = re.compile(r"…|%[-.\d]*[sdfg]|[:;,.()\n'\"]+(?:\s|$)|\s[('\"]")
+
+
+def modules_of(module: str, found: set[str] | None = None) -> set[str]:
+    """What a command imports of this project, at the head of files or later, directly or not."""
+    found = set() if found is None else found
+    path = REPOSITORY.joinpath(*module.split(".")).with_suffix(".py")
+    if module in found or not path.exists():
+        return found
+    found.add(module)
+    for name in imported_by(ast.parse(path.read_text(encoding="utf-8"))):
+        modules_of(name, found)
+    return found
+
+
+def imported_by(node: ast.AST) -> Iterator[str]:
+    """Not what only the type checker reads."""
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("coordinator", "peer")):
+        yield node.module
+    for child in ast.iter_child_nodes(node):
+        yield from imported_by(child)
+
+
+def clauses_told(source: str) -> Iterator[tuple[str, ...]]:
+    """Of each error that is made, and of each warning and error that is logged: its fixed clauses."""
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for call in ast.walk(function):
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            name = call.func.id if isinstance(call.func, ast.Name) else called(call)
+            is_log = isinstance(call.func, ast.Attribute) and name in ("warning", "error")
+            if is_log or name in ERRORS:
+                yield from filter(None, (telling(text) for text in said_in(call.args[0], function)))
+
+
+def said_in(argument: ast.expr, function: ast.AST) -> Iterator[str]:
+    """The fixed pieces of a message, or of all that its variable is ever given, a line each."""
+    if isinstance(argument, ast.Name):
+        for node in ast.walk(function):
+            if not isinstance(node, ast.Assign | ast.AugAssign) or isinstance(node.value, ast.Name):
+                continue
+            if argument.id in {target.id for target in targets(node)}:
+                yield from said_in(node.value, function)
+        return
+    pieces_ = (
+        node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+        for node in (argument.values if isinstance(argument, ast.JoinedStr) else [argument])
+    )
+    yield " … ".join(piece for piece in pieces_ if piece is not None)
+
+
+def telling(text: str) -> tuple[str, ...]:
+    """Clauses of three words or more; where there is none, whatever has a word."""
+    clauses = [clause.strip(" .,:;()'\"-") for clause in CLAUSE_END.split(text)]
+    return tuple(c for c in clauses if len(c.split()) >= 3) or tuple(c for c in clauses if len(c) > 3)
+
+
+def unexplained(told: Sequence[tuple[str, ...]], page: str) -> list[tuple[str, ...]]:
+    """Messages of which no clause stands in any row of the page."""
+    rows = "\n".join(line for line in page.replace("`", "").splitlines() if line.startswith("| "))
+    return [clauses for clauses in told if not any(clause in rows for clause in clauses)]
+
+
+def test_every_error_and_warning_of_join_has_its_entry() -> None:
+    modules = modules_of("peer.join")
+    assert {"peer.session", "peer.tables", "coordinator.ballot"} <= modules
+    assert not {"coordinator.web", "peer.benchmark"} & modules
+    sources = [REPOSITORY.joinpath(*name.split(".")).with_suffix(".py") for name in sorted(modules)]
+    told = [t for source in sources for t in clauses_told(source.read_text(encoding="utf-8"))]
+    assert len(told) > 200
+    assert unexplained(told, TROUBLESHOOTING.read_text(encoding="utf-8")) == []
+
+
+def test_a_message_of_join_without_an_entry_is_seen() -> None:
+    source = """
+def look(n, error):
+    why = f"the moon {n} is full"
+    if n > 2:
+        raise DataError(f"{n} moons, too many of them; take some away")
+    if n > 1:
+        raise DataError(why)
+    logger.warning("no sun above %s: %s", n, error)
+    raise ValueError("which nobody sees")
+"""
+    told = sorted(clauses_told(source))
+    assert told == [("no sun above",), ("the moon", "is full"), ("too many of them", "take some away")]
+    page = "no sun above\n| the moon X is full | wait |\n| N moons, too many of them | wait |\n"
+    assert unexplained(told, page) == [("no sun above",)]
+
+
 def missing_codes(page: str, kinds: Sequence[type[SwarmError]]) -> list[str]:
     """Errors that are not named in the section of their exit code."""
     sections = re.split(r"^###? ", page, flags=re.MULTILINE)
