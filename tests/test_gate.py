@@ -657,7 +657,10 @@ def write_examples(path: Path, num_examples: int, seed: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_harmful_round_is_undone_and_the_next_one_leaves_its_author_out(tmp_path: Path) -> None:
-    """Plain mean, by examples, no screening: the attacker's claim alone makes its delta nearly the mean."""
+    """Plain mean, by examples, no screening: the attacker's claim alone makes its delta nearly the mean.
+
+    A thousand voting rows: of 256, as by default, most members see no more than noise in its harm.
+    """
     model = make_model_dir(tmp_path / "pretrained")
     run = ["--rounds", "6", "--round-examples", "600", "--min-peers", "4", "--lease-seconds", "15"]
     run += ["--weights", "examples", "--max-weight", "1000"]
@@ -668,6 +671,8 @@ def test_a_harmful_round_is_undone_and_the_next_one_leaves_its_author_out(tmp_pa
         "3e-3",
         "--max-length",
         "16",
+        "--eval-examples",
+        "1000",
         "--linger-seconds",
         "20",
     ]
@@ -677,7 +682,7 @@ def test_a_harmful_round_is_undone_and_the_next_one_leaves_its_author_out(tmp_pa
     with LocalSwarm(tmp_path / "logs") as swarm_:
         for seed, name in enumerate(names):
             data = write_examples(tmp_path / f"{name}.jsonl", 500, seed)
-            held_out = write_examples(tmp_path / f"{name}-held-out.jsonl", 400, 100 + seed)
+            held_out = write_examples(tmp_path / f"{name}-held-out.jsonl", 1000, 100 + seed)
             flags = ["--data", str(data), "--validation-data", str(held_out), *LOOPBACK, *training, *entry]
             kind = "flipped-labels" if name == "liar" else "none"
             fault = [kind, "ready", "--dump", str(tmp_path / "dump"), "--", "peer.join"]
