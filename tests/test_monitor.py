@@ -267,6 +267,8 @@ def test_the_page_fills_updates_and_shows_who_is_gone(tmp_path: Path) -> None:
                 start_peer(swarm, f"{i}", tmp_path, task, [*entry, "--name", name, "--share-metrics"])
                 for i, (name, task) in enumerate(zip(names, tasks, strict=True))
             ]
+            for peer_process in peers:  # to start takes long on a busy machine, and is not the page
+                swarm.wait_for(peer_process, "joined", timeout_seconds=2 * START_SECONDS)
             wait_for(page, "() => document.querySelectorAll('#peers tbody tr').length === 4")
             for peer_process in peers:
                 swarm.wait_for(peer_process, "committed", timeout_seconds=START_SECONDS)
