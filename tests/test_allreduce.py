@@ -82,7 +82,6 @@ def swarm(started: Swarm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Swarm]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {
         "STALL_FLOOR_SECONDS": 1.0,
-        "GROUP_WAIT_SECONDS": 1.0,
         "RECONNECT_SECONDS": 0.5,
         "ALIVE_SECONDS": 0.2,
     }.items():

@@ -190,7 +190,8 @@ def check_models(tmp_path: Path, *names: str) -> None:
 
 def test_the_starter_goes_a_peer_is_killed_and_comes_back_and_a_newcomer_enters(tmp_path: Path) -> None:
     tasks = {name: write_task(tmp_path / f"{name}.jsonl", seed=i) for i, name in enumerate("abcd")}
-    flags = ("--rounds", "8", "--round-seconds", "4", "--min-peers", "2", "--lease-seconds", "5")
+    # The run lasts until the late ones have taken part: on a busy machine they need a minute to start.
+    flags = ("--rounds", "1000", "--round-seconds", "4", "--min-peers", "2", "--lease-seconds", "5")
     with LocalSwarm(tmp_path / "logs") as swarm:
         starter, entry = start_run(swarm, tmp_path, *flags)
         shutil.rmtree(tmp_path / "pretrained")  # from here on, everything comes from peers
@@ -205,21 +206,23 @@ def test_the_starter_goes_a_peer_is_killed_and_comes_back_and_a_newcomer_enters(
             swarm, "c", tmp_path, tasks["c"], entry
         )  # the starter's address is dead
         peers["d"] = start_peer(swarm, "d", tmp_path, tasks["d"], ["--initial-peers", *address])
+        for name in ("c again", "d"):
+            swarm.wait_for(peers[name], "committed", timeout_seconds=2 * START_SECONDS)
         survivors = [peers[name] for name in ("a", "b", "c again", "d")]
-        swarm.wait_until_ended(survivors, timeout_seconds=200.0)
+        for peer in survivors:
+            peer.process.send_signal(signal.SIGTERM)
+        assert [peer.process.wait(60.0) for peer in survivors] == [143] * 4
 
     hashes = {name: committed(peer) for name, peer in peers.items()}
-    assert set(hashes["a"]) == set(range(1, 9)), "the others did not go on"
-    for name in ("b", "c again", "d"):
-        assert hashes[name].items() <= hashes["a"].items()
+    assert set(hashes["a"]) == set(range(1, max(hashes["a"]) + 1)), "the others did not go on"
+    of_all = set().union(*(one.items() for one in hashes.values()))
+    assert len(of_all) == len({round_ for round_, _ in of_all}), "two peers hold different states of a round"
     for name in ("c again", "d"):
-        assert hashes[name], "a late peer took no part"
         assert peers[name].of_kind("joined")[0]["round"] >= 1
         first = peers[name].of_kind("round_started")[0]["round"]
         assert first >= 2, "trained from the pretrained weights"
     assert peers["d"].of_kind("caught_up"), "the newcomer did not download the swarm's state"
-    finals = [final_state(tmp_path / name) for name in "abcd"]
-    assert finals == [(8, hashes["a"][8])] * 4
+    assert {final_state(tmp_path / name) for name in "abcd"} <= of_all
 
 
 def final_state(directory: Path) -> tuple[int, str]:
