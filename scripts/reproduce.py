@@ -239,12 +239,17 @@ def _sizes(profile: Profile) -> dict[str, str]:
     return {
         "data sets": f"{len(profile.datasets)} in {len(profile.folds)} folds: "
         + "; ".join(f"{number}: {', '.join(fold)}" for number, fold in enumerate(profile.folds)),
-        "seeds": f"of the folds' runs: 0 to {len(profile.folds) - 1}; of experiment 5: "
+        "seeds": f"of the folds' runs: {_seeds(profile)}; of experiment 5: "
         + ", ".join(map(str, profile.one_set["seeds"])),
         "a run": shown(profile.swarm),
         "test rows": shown(vars(profile.scoring)),
         "validation rows": shown(vars(profile.validation)),
     }
+
+
+def _seeds(profile: Profile) -> str:
+    """Experiments 3 to 8 need the run of fold 0 only."""
+    return f"0 to {len(profile.folds) - 1}" if {1, 2} & set(profile.experiments) else "0"
 
 
 def _commit() -> str:
