@@ -218,7 +218,7 @@ class AllReduceService:
     async def _compare_in_time(self, last: _Told, member: str) -> None:
         """All questions to one member together: one who answers slowly must not hold up the round."""
         try:
-            async with asyncio.timeout(STALL_FLOOR_SECONDS + self.link_seconds(member)):
+            async with asyncio.timeout(self._answer_seconds(member)):
                 await self._compare_statements(last, member)
         except TimeoutError:
             logger.info("statements of %s not compared in time", member[-8:])
@@ -236,8 +236,11 @@ class AllReduceService:
             logger.info("statements of %s not compared: %s", member[-8:], error)
 
     async def _ask_statements(self, member: str, body: dict[str, str]) -> bytes:
-        limit = STALL_FLOOR_SECONDS + self.link_seconds(member)
+        limit = self._answer_seconds(member)
         return await self.network.call(member, "statements", body, timeout_seconds=limit)
+
+    def _answer_seconds(self, member: str) -> float:
+        return STALL_FLOOR_SECONDS + self.link_seconds(member)
 
     async def _on_statements(self, _peer_id: str, body: Any) -> bytes:
         last = self._last

@@ -59,9 +59,7 @@ MAX_EVIDENCE_BYTES = 64 * 1024 * 1024
 MAX_MEMBERS = 1024  # of a group; to open a signed record takes half a millisecond
 # Floors for the process at the other end, which scores the new state meanwhile; size and link come on top.
 CALL_FLOOR_SECONDS = 10.0
-WINDOW_FLOOR_SECONDS = (
-    6.0  # after a commit: members commit within a second, and an audit takes less than that
-)
+WINDOW_FLOOR_SECONDS = 6.0  # after a commit: members commit within a second, an audit takes less than that
 NUM_ATTEMPTS = 2  # to get one part from one peer
 _LENGTH = struct.Struct(">I")
 

@@ -98,8 +98,8 @@ def _main(flags: argparse.Namespace) -> int:
 
 def _work(lab: Lab, pieces: Pieces, max_minutes: float | None, console: Console) -> bool:
     """False when the time was up before the last piece. Raises StopRequested."""
-    numbers = {piece.name: number for number, piece in pieces}
-    pending = [(numbers[piece.name], piece) for piece in lab.pending([piece for _, piece in pieces])]
+    names = _pending_names(lab, pieces)
+    pending = [(number, piece) for number, piece in pieces if piece.name in names]
     everything = [piece for _, piece in all_pieces(lab.profile)]
     clock = _Clock([lab.minutes(piece) for _, piece in pending], max_minutes)
     columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn())
@@ -115,6 +115,10 @@ def _work(lab: Lab, pieces: Pieces, max_minutes: float | None, console: Console)
             if isinstance(piece, Mix) or (isinstance(piece, Scoring) and "@" in piece.model):
                 lab.tidy([other for other in everything if not lab.is_done(other)])
     return True
+
+
+def _pending_names(lab: Lab, pieces: Pieces) -> set[str]:
+    return {piece.name for piece in lab.pending([piece for _, piece in pieces])}
 
 
 class _Clock:
@@ -146,7 +150,7 @@ def _print_list(lab: Lab, pieces: Pieces, console: Console) -> None:
         table.add_column(column)
     table.add_column("minutes, about", justify="right")
     left = dict.fromkeys((number for number, _ in pieces), 0.0)
-    pending = {piece.name for piece in lab.pending([piece for _, piece in pieces])}
+    pending = _pending_names(lab, pieces)
     for number, piece in pieces:
         is_done, minutes = piece.name not in pending, lab.minutes(piece)
         left[number] += 0.0 if is_done else minutes
