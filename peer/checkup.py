@@ -450,7 +450,7 @@ class RoundBudget:
     limit_seconds: float  # it closes so long after it could begin
     part_bytes: int  # the encoded delta of one peer
     num_peers: int  # that are likely to be in a round, this one included
-    eval_examples: int  # held-out rows; three times as many are scored, twice a round
+    num_scored: int  # rows, held-out ones and those that the head is fitted to; twice a round
 
 
 def round_bytes(budget: RoundBudget) -> int:
@@ -462,7 +462,7 @@ def judge_speed(examples_per_second: float, budget: RoundBudget) -> Check:
     """Finetuning and evaluating; a forward pass takes a third of a training step."""
     wanted = [] if budget.num_examples is None else [budget.num_examples / examples_per_second]
     finetune = min(wanted + ([] if budget.seconds is None else [budget.seconds]))
-    seconds = finetune + 2 * 3 * budget.eval_examples / (3 * examples_per_second)
+    seconds = finetune + 2 * budget.num_scored / (3 * examples_per_second)
     figures = {"examples_per_second": round(examples_per_second, 2), "round_seconds": round(seconds, 1)}
     said = f"{examples_per_second:.3g} examples/s: about {format_seconds(seconds)} a round"
     if seconds > budget.limit_seconds:

@@ -38,7 +38,7 @@ from peer.evaluate import bf16_supported
 from peer.finetune import Budget
 from peer.genesis import State, load_first_state
 from peer.layout import TensorLayout
-from peer.learner import Learner
+from peer.learner import Learner, num_head_examples
 from peer.model import load_tokenizer, model_files
 from peer.outer import num_buffers
 from peer.versions import check_versions
@@ -261,5 +261,5 @@ def round_budget(spec: RunSpec, num_trainers: int, eval_examples: int) -> RoundB
         limit_seconds=spec.round_limit_seconds,
         part_bytes=CODECS[spec.compression].size_bytes(spec.num_parameters),
         num_peers=min(spec.max_peers, max(spec.min_peers, num_trainers + 1)),
-        eval_examples=eval_examples,
+        num_scored=eval_examples + num_head_examples(eval_examples),
     )

@@ -319,7 +319,7 @@ def budget(**changes: Any) -> RoundBudget:
         "limit_seconds": 1800.0,
         "part_bytes": 90_000_000,
         "num_peers": 2,
-        "eval_examples": 100,
+        "num_scored": 300,
     }
     return RoundBudget(**{**values, **changes})
 
