@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from coordinator.errors import DataError
 from peer.evaluate import (
@@ -179,6 +180,19 @@ def test_probe_is_deterministic() -> None:
     labels = np.arange(50) % 3
     first, second = (fit_probe(THREE, features, labels, seed=0) for _ in range(2))
     assert first.weight.tobytes() == second.weight.tobytes()
+
+
+def test_probe_takes_one_thread_and_gives_back_the_others() -> None:
+    """More threads wait for one another; and with the order of sums they may change the last bits."""
+    features = np.random.default_rng(0).normal(size=(600, 300))
+    labels = np.arange(600) % 3
+    probes = []
+    for num_threads in (1, 2):
+        with threadpool_limits(limits=num_threads, user_api="blas"):
+            before = threadpool_info()
+            probes.append(fit_probe(THREE, features, labels, seed=0))
+            assert threadpool_info() == before
+    assert probes[0].weight.tobytes() == probes[1].weight.tobytes()
 
 
 def test_head_only_score_uses_pooled_features() -> None:
