@@ -24,6 +24,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -232,6 +233,7 @@ class Agreement:
         await self._presence.read_board()
         await self.publish()
         self._network.create_task(self._presence.keep_publishing())
+        self._network.create_task(self._keep_reading())
         self._network.create_task(self._keep_watching())
         self._network.create_task(self._departures.keep_looking())
         self._network.on_restart(self._come_back)
@@ -312,8 +314,10 @@ class Agreement:
                 if ballot is None:
                     match action := self.decide():
                         case CatchUp():
-                            if (found := await self.better_chain()) is not None:
-                                return self._committed_elsewhere(found[0]) or Overtaken()
+                            with suppress(RoundError):  # a fusion begins: the others wait for me
+                                found = await self._unless_replaced(self.better_chain())
+                                if found is not None:
+                                    return self._committed_elsewhere(found[0]) or Overtaken()
                         case Stop():
                             return Overtaken()
                         case Alone():
@@ -424,12 +428,18 @@ class Agreement:
     async def _keep_watching(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS if self._phase == "ready" else WATCH_SECONDS)
-            await self._presence.read_board()
             chain = self.chain
             if self._phase in WATCHING_PHASES and not self.is_overtaken:
                 found = await self.better_chain()
                 if found is not None and self.chain is chain:  # else I have caught up meanwhile
                     self.is_overtaken = True
+            self._bell.ring()
+
+    async def _keep_reading(self) -> None:
+        """Beside the watching: to look at what others claim may take longer than their leases."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS if self._phase == "ready" else WATCH_SECONDS)
+            await self._presence.read_board()
             self._bell.ring()
 
     async def _come_back(self) -> None:

@@ -1,22 +1,49 @@
-"""How a chain of commits comes from another peer, page by page, each verified; and how mine is handed out."""
+"""How a chain of commits comes from another peer, page by page, each verified; and how mine is handed out.
+
+Anybody may claim, under its signature, to be at a commit that I do not know, and I look at that before
+anything else: it may be where all the others are. So whose claims turn out to be empty is not looked at for
+as long as that took, and twice as long each time; a claim that proves true clears its author. All claims are
+looked at together, and within a time that does not grow with their number.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from coordinator.chain import Chain, is_better
 from coordinator.errors import NetworkError
-from coordinator.membership import Membership
+from coordinator.membership import Member, Membership
 from coordinator.network import Network
 from coordinator.pace import Pace
-from coordinator.records import MAX_MESSAGE_BYTES, RecordError, SignedCommit, parse_json, parse_record
+from coordinator.records import (
+    MAX_MESSAGE_BYTES,
+    PeerRecord,
+    RecordError,
+    SignedCommit,
+    parse_json,
+    parse_record,
+)
 
 logger = logging.getLogger(__name__)
 
+LOOKING_SECONDS = 40.0  # at all claims together, however long the chains
+MORE_SECONDS = 2.0  # once a better chain is there: for others, which may be better yet
+MIN_PAUSE_SECONDS = 1.0  # after an empty claim
+MAX_PAUSE_LEASES = 10.0
+MAX_DOUBTED = 1024
 MAX_CHAIN_REPLY_COMMITS = 50
 MAX_CHAIN_REPLY_BYTES = MAX_MESSAGE_BYTES - 4096  # with room for brackets and commas
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    num_empty: int = 0  # claims in a row of which nothing came
+    until: float = 0.0  # time.monotonic()
 
 
 class ChainExchange:
@@ -26,35 +53,89 @@ class ChainExchange:
         self._network, self._membership, self._pace = network, membership, pace
         self._own_chain = own_chain
         self._rejected_tips: set[str] = set()
+        self._doubts: dict[str, _Doubt] = {}  # by peer
         network.on_call("chain", self._on_chain)
 
     def known_tips(self) -> set[str]:
-        """Commits that need no looking at: the own ones, and the tips of chains that lost."""
-        return {signed.commit.hash for signed in self._own_chain().commits} | self._rejected_tips
+        """Commits that need no looking at: the own ones, the tips of chains that lost, and what only peers
+        claim whose claims were empty before.
+        """
+        now = time.monotonic()
+        doubted: set[str] = set()
+        believed: set[str] = set()
+        for member in self._membership.live(self._network.now()):
+            is_doubted = self._doubts.get(member.peer_id, _Doubt()).until > now
+            (doubted if is_doubted else believed).add(member.record.commit)
+        own = {signed.commit.hash for signed in self._own_chain().commits}
+        return own | self._rejected_tips | (doubted - believed)
 
     async def best_claimed(self) -> Chain | None:
-        """The best chain among those that live peers claim, verified, if it is better than the own one."""
+        """The best chain among those that live peers claim, verified, if it is better than the own one.
+
+        Takes LOOKING_SECONDS at most, and MORE_SECONDS from where there is one.
+        """
+        create = self._network.create_task
+        looks = {create(self._look(m.peer_id, m.record)): m.peer_id for m in self._claims()}
         best: Chain | None = None
-        known = self.known_tips()
-        claims = {
-            m.record.commit: m.peer_id
-            for m in self._membership.live(self._network.now())
-            if m.record.round > 0 and m.record.commit not in known
-        }
-        for tip, peer_id in claims.items():
-            try:
-                chain = await self._fetch(peer_id)
-            except (NetworkError, RecordError) as error:
-                logger.warning("no chain from %s: %s", peer_id[-8:], error)
-                self._membership.forget(peer_id)
-                continue
-            if not is_better(chain, self._own_chain()):
-                self._rejected_tips.add(chain.tip)
-                if chain.tip != tip:  # not what it claims; another peer may hold the chain of that tip
-                    self._membership.forget(peer_id)
-            elif best is None or is_better(chain, best):
-                best = chain
+        ends_at = time.monotonic() + LOOKING_SECONDS
+        pending: Collection[asyncio.Task[Chain | None]] = looks
+        try:
+            while pending and (seconds := ends_at - time.monotonic()) > 0:
+                done, pending = await asyncio.wait(
+                    pending, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                )
+                for chain in (look.result() for look in done):
+                    if chain is not None and (best is None or is_better(chain, best)):
+                        best = chain
+                        ends_at = min(ends_at, time.monotonic() + MORE_SECONDS)
+        finally:
+            for look in pending:
+                look.cancel()
+        if best is None:
+            for look in pending:
+                self._doubt(looks[look], LOOKING_SECONDS)
         return best
+
+    def _claims(self) -> list[Member]:
+        """One for each tip that is to be looked at, of a peer that is in no doubt where there is one."""
+        known, now = self.known_tips(), time.monotonic()
+        claims: dict[str, Member] = {}
+        for member in self._membership.live(self._network.now()):
+            tip = member.record.commit
+            if member.record.round == 0 or tip in known:
+                continue
+            if tip not in claims or self._doubts.get(claims[tip].peer_id, _Doubt()).until > now:
+                claims[tip] = member
+        return list(claims.values())
+
+    async def _look(self, peer_id: str, claim: PeerRecord) -> Chain | None:
+        """The chain of one claim, if it is better than the own one."""
+        began_at, own_tip = time.monotonic(), self._own_chain().tip
+        try:
+            chain = await self._fetch(peer_id, claim.round)
+        except (NetworkError, RecordError) as error:
+            logger.warning("no chain from %s: %s", peer_id[-8:], error)
+            self._doubt(peer_id, time.monotonic() - began_at)
+            return None
+        if is_better(chain, self._own_chain()):
+            self._doubts.pop(peer_id, None)
+            return chain
+        if self._own_chain().tip != own_tip:  # I have gone on meanwhile, so it says nothing about the claim
+            return None
+        self._rejected_tips.add(chain.tip)
+        if chain.tip != claim.commit:  # another peer may hold the chain of that tip
+            self._doubt(peer_id, time.monotonic() - began_at)
+        return None
+
+    def _doubt(self, peer_id: str, seconds: float) -> None:
+        """Nothing came of its claim, which I looked at for so long."""
+        self._membership.forget(peer_id)
+        doubt = self._doubts.pop(peer_id, _Doubt())
+        longest = MAX_PAUSE_LEASES * self._own_chain().spec.lease_seconds
+        pause = min(longest, max(MIN_PAUSE_SECONDS, seconds) * 2.0 ** min(doubt.num_empty, 30))
+        self._doubts[peer_id] = _Doubt(doubt.num_empty + 1, time.monotonic() + pause)
+        while len(self._doubts) > MAX_DOUBTED:  # the oldest: identities that come and go fill no memory
+            self._doubts.pop(next(iter(self._doubts)))
 
     async def _on_chain(self, _peer_id: str, body: Any) -> bytes:
         chain = self._own_chain()
@@ -73,23 +154,23 @@ class ChainExchange:
             replies.append(text)
         return f"[{','.join(replies)}]".encode()
 
-    async def _fetch(self, peer_id: str) -> Chain:
+    async def _fetch(self, peer_id: str, claimed_round: int) -> Chain:
         """What `peer_id` says happened, verified from my own chain on, or from the start where it differs.
 
         Page by page, so that the first commit that does not fit ends it. Raises NetworkError, RecordError.
         """
         chain = self._own_chain()
-        page = await self._fetch_commits(peer_id, chain.round)
+        page = await self._fetch_commits(peer_id, chain.round, claimed_round)
         if not page or page[0].commit.previous != chain.tip:
             chain = Chain(chain.spec)
-            page = await self._fetch_commits(peer_id, 0)
+            page = await self._fetch_commits(peer_id, 0, claimed_round)
         while page:
             for signed in page:
                 chain = chain.extended(signed)
-            page = await self._fetch_commits(peer_id, chain.round)
+            page = await self._fetch_commits(peer_id, chain.round, claimed_round)
         return chain
 
-    async def _fetch_commits(self, peer_id: str, after: int) -> list[SignedCommit]:
+    async def _fetch_commits(self, peer_id: str, after: int, claimed_round: int) -> list[SignedCommit]:
         """The next ones after round `after`; none at the end of the chain."""
         spec = self._own_chain().spec
         if after >= spec.num_rounds:
@@ -100,4 +181,7 @@ class ChainExchange:
         page = parse_json(reply)
         if not isinstance(page, list):
             raise RecordError("a chain is a list of commits")
+        wanted = min(MAX_CHAIN_REPLY_COMMITS, claimed_round - after)
+        if 0 < len(page) < wanted and len(reply) < MAX_CHAIN_REPLY_BYTES // 2:  # one by one it takes for ever
+            raise RecordError(f"{len(page)} commits, where it claims {wanted} more")
         return [parse_record(entry, SignedCommit) for entry in page]

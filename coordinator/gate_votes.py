@@ -11,7 +11,6 @@ other: it counts as silent, whichever came first, so all who have heard the same
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +24,6 @@ from coordinator.records import GateVote, RecordError, open_envelope, sign
 
 logger = logging.getLogger(__name__)
 
-TELLING_SECONDS = 2.0  # at most so long the own vote holds up the next round, where a peer does not answer
 MAX_COMMITS = 2  # on so many of the newest commits a peer's votes are kept: some commit before others
 MAX_PEERS = 2048
 
@@ -88,11 +86,7 @@ class GateVotes:
         return frozenset((waiting & commit.cohort) - self.of(chain.tip).keys())
 
     async def _tell(self, envelopes: list[Envelope]) -> None:
-        body = {"votes": envelopes}
-        live = self._membership.live(self._network.now())
-        told = [asyncio.ensure_future(self._presence.tell(m.peer_id, "gate_vote", body)) for m in live]
-        if told:
-            await asyncio.wait(told, timeout=TELLING_SECONDS)  # the rest go on by themselves
+        await self._presence.tell_all("gate_vote", {"votes": envelopes})
 
     async def _on_gate_vote(self, _peer_id: str, body: Any) -> bytes:
         envelopes = body.get("votes") if isinstance(body, dict) else None

@@ -23,6 +23,8 @@ from coordinator.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 
+TELLING_SECONDS = 2.0  # at most so long a peer that does not answer holds up who tells all others something
+
 
 class Presence:
     def __init__(
@@ -69,9 +71,14 @@ class Presence:
             await self.publish()
 
     async def tell_everybody(self) -> None:
-        heartbeat = sign(self._heartbeat(), self._identity).to_json()
+        await self.tell_all("heartbeat", sign(self._heartbeat(), self._identity).to_json())
+
+    async def tell_all(self, method: str, body: object) -> None:
+        """To all who are here. Those who are slow to answer hold nobody up: their calls end by themselves."""
         live = self._membership.live(self._network.now())
-        await asyncio.gather(*(self.tell(m.peer_id, "heartbeat", heartbeat) for m in live))
+        calls = [self._network.create_task(self.tell(member.peer_id, method, body)) for member in live]
+        if calls:
+            await asyncio.wait(calls, timeout=TELLING_SECONDS)
 
     async def tell(self, peer_id: str, method: str, body: object) -> None:
         """Whether it arrives or not."""

@@ -72,6 +72,7 @@ from peer.stopping import StopRequested, StopSwitch
 
 logger = logging.getLogger(__name__)
 
+CATCH_UP_SECONDS = 60.0  # to learn which chain is the best one; some more than looking at all claims takes
 SHORT_SECONDS = 15.0  # for what takes milliseconds in the network's thread
 MAX_KNOWN_ADDRESSES = 64
 ENTRY_ATTEMPTS = 5
@@ -295,7 +296,7 @@ class Session:
     def _newest_state(
         self, spec: RunSpec, first: State | None, model_dir: Path | None, donors: tuple[str, ...]
     ) -> State:
-        found = self._in_network(self._agreement.better_chain(), seconds=60.0)
+        found = self._in_network(self._agreement.better_chain(), seconds=CATCH_UP_SECONDS)
         if found is not None:
             chain, holders = found
             state = self._get_state(chain, holders)
@@ -777,12 +778,12 @@ class Session:
         self._learner.load_backbone(state.backbone)
 
     def _catch_up(self) -> None:
-        found = self._in_network(self._agreement.better_chain(), seconds=60.0)
-        if found is None:
-            self._stop.wait(0.2)
-            return
-        chain, holders = found
         try:
+            found = self._in_network(self._agreement.better_chain(), seconds=CATCH_UP_SECONDS)
+            if found is None:
+                self._stop.wait(0.2)
+                return
+            chain, holders = found
             state = self._get_state(chain, holders)
         except NetworkError as error:
             logger.warning("%s; trying again", error)

@@ -10,14 +10,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordinator import chain_exchange, pace
+from coordinator import chain_exchange, pace, presence
 from coordinator.agreement import (
     Agreement,
     Committed,
@@ -104,6 +105,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """For silent leaders and missing votes; on loopback an answer takes 0.02 s."""
     monkeypatch.setattr(pace, "UNMEASURED_SECONDS", 1.0)
     monkeypatch.setattr(pace, "MIN_VOTE_SECONDS", 1.5)
+    monkeypatch.setattr(pace, "MIN_BYTES_PER_SECOND", 1e7)
 
 
 @contextmanager
@@ -515,6 +517,7 @@ def test_claims_without_signatures_cost_a_look_and_nothing_more(tmp_path: Path) 
             now = Network.now()
             claim = make_heartbeat(two, issued_at=now, expires_at=now + 10.0)
             me.agreement.membership.forget(honest.peer_id)
+            me.agreement._chains._doubts.clear()
             liar.call(me, "heartbeat", sign(claim, liar.identity).to_json())
             assert isinstance(me.agreement.decide(), CatchUp)
             assert me.run(me.agreement.better_chain()) is None
@@ -523,6 +526,109 @@ def test_claims_without_signatures_cost_a_look_and_nothing_more(tmp_path: Path) 
         found = me.run(me.agreement.better_chain())
         assert found is not None
         assert found[0] == two
+
+
+def claim_of(liar: Peer, round_: int = 7) -> dict[str, str]:
+    """A heartbeat, validly signed, of a peer at a commit that nobody has."""
+    now = Network.now()
+    changes = {"round": round_, "commit": hash_of(f"{now}"), "issued_at": now, "expires_at": now + 10.0}
+    return sign(liar.agreement._heartbeat().model_copy(update=changes), liar.identity).to_json()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + CALL_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.02)
+
+
+async def deaf(_peer_id: str, _body: Any) -> bytes:
+    await asyncio.sleep(1000.0)
+    return b""
+
+
+def test_who_claims_again_and_again_what_it_does_not_have_keeps_nobody_from_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 0.2 s another commit, and no answer to who asks for it."""
+    short_waits(monkeypatch)
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        *honest, liar = members
+        liar.network.on_call("chain", deaf)
+
+        async def claim() -> None:
+            while True:
+                body = claim_of(liar)
+                calls = [liar.network.call(m.peer_id, "heartbeat", body, timeout_seconds=5.0) for m in honest]
+                await asyncio.gather(*calls, return_exceptions=True)
+                await asyncio.sleep(0.2)
+
+        claiming = liar.network.submit(claim())
+        try:
+            until(lambda: isinstance(honest[0].agreement.decide(), CatchUp))
+            looking = [member.network.submit(member.agreement.better_chain()) for member in honest]
+            assert [look.result(2 * CALL_SECONDS) for look in looking] == [None] * 3
+            for member in honest:  # it has claimed something else since: not worth a look for as long again
+                until(partial(member.agreement.membership.get, liar.peer_id))
+                assert not isinstance(member.agreement.decide(), CatchUp)
+                assert member.run(member.agreement.better_chain()) is None
+            outcomes([member.fuse(same_state) for member in honest])
+            assert_one_chain(honest, 1)
+        finally:
+            claiming.cancel()
+
+
+def test_an_honest_claim_is_looked_at_beside_an_empty_one_to_the_same_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else who is in doubt could hide what is true by claiming it, too."""
+    short_waits(monkeypatch)
+    with swarm(3, tmp_path) as [me, honest, liar]:
+        two = extend(extend(me.agreement.chain, ["a", "b"]), ["a", "b"])
+        liar.network.on_call("chain", deaf)
+        liar.call(me, "heartbeat", claim_of(liar))
+        assert me.run(me.agreement.better_chain()) is None
+        honest.adopt(two)
+        now = Network.now()
+        true_claim = make_heartbeat(two, issued_at=now, expires_at=now + 10.0)
+        liar.call(me, "heartbeat", sign(true_claim, liar.identity).to_json())
+        assert not isinstance(me.agreement.decide(), CatchUp)  # it alone says so
+        see_each_other([honest, me])
+        assert isinstance(me.agreement.decide(), CatchUp)
+        found = me.run(me.agreement.better_chain())
+        assert found is not None
+        assert found[0] == two
+
+
+def test_a_chain_that_comes_one_commit_at_a_time_is_refused(tmp_path: Path) -> None:
+    with swarm(2, tmp_path) as [me, liar]:
+        chain = me.agreement.chain
+        for _ in range(4):
+            chain = extend(chain, ["a", "b"])
+        liar.adopt(chain)
+        served: list[int] = []
+
+        async def one_at_a_time(_peer_id: str, body: Any) -> bytes:
+            served.append(body["after"])
+            page = chain.commits[body["after"] : body["after"] + 1]
+            return json.dumps([signed.model_dump(mode="json") for signed in page]).encode()
+
+        liar.network.on_call("chain", one_at_a_time)
+        see_each_other([liar, me])
+        assert me.run(me.agreement.better_chain()) is None
+        assert served == [0]
+
+
+def test_a_peer_that_hears_nobody_holds_up_nobody(tmp_path: Path) -> None:
+    """It publishes its heartbeat as all do, and does not answer when others tell it theirs."""
+    spec = make_spec(lease_seconds=30.0, created_at=Network.now())
+    with swarm(3, tmp_path, spec) as [me, other, silent]:
+        silent.network.on_call("heartbeat", deaf)
+        for phase in ("finetuning", "ready", "evaluating"):  # each call waits longer than the one before
+            me.network.run(me.agreement.set_phase(phase), timeout_seconds=2 * presence.TELLING_SECONDS)
+            assert phase == other.agreement.membership.get(me.peer_id).record.phase  # type: ignore[union-attr]
 
 
 def envelope(member: Peer) -> dict[str, str]:
