@@ -108,7 +108,7 @@ def verify_value(commit: Commit, previous: Chain) -> None:
         raise RecordError("a commit of another run")
     if commit.round != previous.round + 1 or commit.previous != previous.tip:
         raise RecordError(f"the commit of round {commit.round} does not follow round {previous.round}")
-    if commit.round > previous.spec.num_rounds:
+    if commit.round > previous.spec.num_rounds + (commit.kind == "rollback"):  # the last one can be undone
         raise RecordError(f"round {commit.round} of a run of {previous.spec.num_rounds}")
     if commit.kind == "rollback":
         _check_rollback(commit, previous)

@@ -173,7 +173,7 @@ class ChainExchange:
     async def _fetch_commits(self, peer_id: str, after: int, claimed_round: int) -> list[SignedCommit]:
         """The next ones after round `after`; none at the end of the chain."""
         spec = self._own_chain().spec
-        if after >= spec.num_rounds:
+        if after > spec.num_rounds:  # the last round, undone
             return []
         limit = self._pace.call_seconds(peer_id, size_bytes=MAX_CHAIN_REPLY_BYTES)
         body = {"run": spec.digest, "after": after}

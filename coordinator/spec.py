@@ -55,7 +55,7 @@ class RunSpec(_Frozen):
     backbone_hash: Sha256  # state hash of round 0: the pretrained backbone
     num_parameters: Count  # of the backbone
     files: Annotated[dict[str, ModelFile], Field(min_length=1, max_length=32)]  # config and tokenizer
-    num_rounds: Annotated[int, Field(ge=1, le=1_000_000)]  # the run ends with the commit of this round
+    num_rounds: Annotated[int, Field(ge=1, le=1_000_000)]  # the run ends with it, or with its roll-back
     round_examples: Count | None = None  # finetuning budget of a peer in a round
     round_seconds: PositiveSeconds | None = None  # the same, as time; the first to be reached ends it
     round_limit_seconds: PositiveSeconds = 1800.0  # a round closes this long after it could begin

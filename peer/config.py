@@ -33,7 +33,7 @@ class PeerConfig:
     linger_seconds: float = 60.0  # after the last round: serve the state, at most so long
     name: str = ""  # how people who watch see this peer; at most 40 characters
     shares_metrics: bool = False  # whether its scores go into its heartbeats
-    eval_examples: int = 512  # held-out examples scored per backbone
+    eval_examples: int = 1000  # held-out examples scored per backbone
     num_threads: int | None = None  # of the processor; None: all
     max_upload_bytes_per_second: float | None = None  # None: as fast as the line takes it
     seed: int = 0  # of this peer's own draws: batches, heads, splits

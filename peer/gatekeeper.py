@@ -1,8 +1,8 @@
 """What does this peer do about the state of a round: its own vote, the verdict, and whom a roll-back names?
 
 The decisions are in `gate.py`, the votes travel in `coordinator/gate_votes.py`; here is what lies between:
-which round is judged, until when, and when the gate lets go: of the run's last round, which cannot be undone;
-when too many roll-backs would follow one another; when the others do not agree in time.
+which round is judged, until when, and when the gate lets go: when too many roll-backs would follow one
+another, or the others do not agree in time.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Gatekeeper:
     def vote(self, before: Evaluation, after: Evaluation) -> None:
         """Judge the newest state against the one before it, and tell the others one bit."""
         judged = self._round
-        if judged is None or not self._can_be_undone(judged) or len(after.errors) == 0:
+        if judged is None or len(after.errors) == 0:
             return
         if self._network.peer_id not in judged.commit.cohort or len(before.errors) != len(after.errors):
             return
@@ -104,12 +104,12 @@ class Gatekeeper:
     def is_settled(self, chain: Chain) -> bool:
         """Whether there is a verdict on the tip, or nothing to wait for."""
         judged = self._of(chain)
-        return judged is None or not self._can_be_undone(judged) or self._verdict(judged) is not None
+        return judged is None or self._verdict(judged) is not None
 
     def is_rejected(self, chain: Chain) -> bool:
         """Whether the tip is to be undone, as far as this peer knows and can check."""
         judged = self._of(chain)
-        if judged is None or judged.is_let_go or not judged.was_there or not self._can_be_undone(judged):
+        if judged is None or judged.is_let_go or not judged.was_there:
             return False
         found = self._verdict(judged)
         if found is None or not found.is_rejected:
@@ -149,9 +149,6 @@ class Gatekeeper:
     def _of(self, chain: Chain) -> _Round | None:
         judged = self._round
         return judged if judged is not None and judged.commit.hash == chain.tip else None
-
-    def _can_be_undone(self, judged: _Round) -> bool:
-        return judged.commit.round < self._spec.num_rounds  # a roll-back is a round as well
 
     def _verdict(self, judged: _Round) -> Verdict | None:
         if judged.verdict is not None:

@@ -182,9 +182,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-examples",
         "--max-eval-samples",
         type=positive_int,
-        default=512,
+        default=1000,
         metavar="N",
-        help="held-out examples scored per backbone (default: 512)",
+        help="held-out examples scored per backbone (default: 1000)",
     )
 
 

@@ -45,7 +45,7 @@ from peer.display import Accuracy, ProgressBar, Reporter
 from peer.evaluate import Probe
 from peer.feedback import ErrorFeedback, cut_to_usual_norm
 from peer.finetune import Budget
-from peer.gatekeeper import Gatekeeper
+from peer.gatekeeper import AGREEING_SECONDS, GRACE_SECONDS, Gatekeeper
 from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
 from peer.layout import TensorLayout
 from peer.learner import Evaluation, Learner, Progress
@@ -142,6 +142,9 @@ class Session:
         self._pending: dict[str, _Pending] = {}  # states that may be committed yet, by hash
         self._promise_lock, self._num_promises, self._last_promise = threading.Lock(), 0, 0
         self._lies: set[tuple[str, int]] = set()  # who was convicted, and of which round
+        self._audits: concurrent.futures.Future[None] | None = None  # the own ones, of the newest round
+        self._undoing = ("", 0.0)  # the last round's commit, and since when, by time.monotonic()
+        self._stands = ""  # the last round's commit, once it is too late to undo it
         self._outgoing: Outgoing | None = None  # of this round, until its audit is over
         self._feedback = ErrorFeedback()  # what compression cut off
         self._kept_delta: torch.Tensor | None = None  # of a round that was committed without it
@@ -346,7 +349,9 @@ class Session:
                 continue
             match self._agreement.decide():
                 case Stop(reason=reason):
-                    return reason
+                    self._await_judgement()
+                    if not (self._wants_rollback() or self._is_behind):
+                        return reason
                 case CatchUp():
                     self._catch_up()
                 case Finetune() if self._must_rest:
@@ -412,6 +417,20 @@ class Session:
         while not (self._gatekeeper.is_settled(self._agreement.chain) or self._agreement.is_overtaken):
             self._stop.wait(0.1)
             self._check_daemon()
+
+    def _await_judgement(self) -> None:
+        """Of the last round, whose state people will use: wait for the verdict and for the own audits."""
+        ends_at = time.monotonic() + self.spec.gate_vote_seconds + GRACE_SECONDS
+        while not (self._wants_rollback() or self._is_behind):
+            is_audited = self._audits is None or self._audits.done() or time.monotonic() >= ends_at
+            if is_audited and self._gatekeeper.is_settled(self._agreement.chain):
+                return
+            self._stop.wait(0.1)
+            self._check_daemon()
+
+    @property
+    def _is_behind(self) -> bool:
+        return isinstance(self._agreement.decide(), CatchUp)
 
     def _finetune(self, log: _RoundLog, part: int) -> None:
         log.own = None  # of the part before
@@ -637,8 +656,7 @@ class Session:
     def _wants_rollback(self) -> bool:
         """Whether I want the state that I am at undone: one who made it has lied, or the gate says so."""
         chain = self._agreement.chain
-        can_be_undone = chain.round < self.spec.num_rounds  # a roll-back is a round as well
-        if not can_be_undone or not chain.commits or chain.is_rolled_back:
+        if not chain.commits or chain.is_rolled_back or chain.tip == self._stands:
             return False
         return self._has_liar(chain) or self._gatekeeper.is_rejected(chain)
 
@@ -665,7 +683,10 @@ class Session:
             if self._agreement.chain.tip != tip:  # else the claim was empty, and must not hold this up
                 return
         chain, reason = self._agreement.chain, "a reducer lied"
-        if not self._has_liar(chain):
+        if self._has_liar(chain):
+            if self._is_too_late(chain):
+                return
+        else:
             reason = self._gatekeeper.reason(chain)
             self._gatekeeper.tell_votes(chain)
             if not self._wants_rollback():  # let go
@@ -673,6 +694,20 @@ class Session:
         limit = self.spec.exchange_limit_seconds
         self._in_network(self._agreement.roll_back(reason), seconds=limit)
         self._catch_up()
+
+    def _is_too_late(self, chain: Chain) -> bool:
+        """Whether the lie in the last round stands: after some time, as who has left agrees to nothing."""
+        if chain.round < self.spec.num_rounds:
+            return False
+        tip, since = self._undoing
+        if tip != chain.tip:
+            self._undoing = (chain.tip, time.monotonic())
+        elif time.monotonic() > since + AGREEING_SECONDS:
+            self._stands = chain.tip
+            self._reporter.warning(
+                f"a reducer lied in round {chain.round}, and it stands: too few peers are left to undo it"
+            )
+        return self._stands == chain.tip
 
     # after a commit
 
@@ -690,7 +725,7 @@ class Session:
             self._export_model()
             self._ledger.flush()
         self._unload()
-        self._network.submit(self._audit_round(committed.group.members))
+        self._audits = self._network.submit(self._audit_round(committed.group.members))
         try:
             self._evaluate_fused(log)
             if self._base is not None:
@@ -954,6 +989,8 @@ class Session:
                 self._in_network(self._agreement.set_phase("done"))
             while not self._stop.is_set and time.monotonic() < deadline and self._is_needed():
                 self._stop.wait(0.2)
+                if self._is_behind:
+                    self._catch_up()  # who stayed has undone the last round
             self._in_network(self._agreement.leave())
         except StopRequested:
             logger.info("told to stop while lingering")

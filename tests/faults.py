@@ -10,7 +10,8 @@ to DIR what it contributed and which states it held, for the check against float
 
 `flipped-labels` does all that a member does, and nothing can be proven against it: it finetunes on flipped
 labels under a head that is fitted to the true ones, sends a delta as long as those of the others, claims to
-have seen a billion examples, and votes that all is well.
+have seen a billion examples, and votes that all is well. `reversed` does the same with twice its honest
+delta, turned around: cruder, and sure to do harm.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ KINDS = (
     "truncated-state",
     "forged-record",
     "flipped-labels",
+    "reversed",
 )
 STEPS = (
     "ready",
@@ -114,6 +116,8 @@ def install(injector: Injector) -> None:
     _wrap_session(injector)
     if injector.kind == "flipped-labels":
         _wrap_learner(injector)
+    if injector.kind in ("flipped-labels", "reversed"):
+        _accept_all()
         _weigh_more()
     _wrap_allreduce(injector)
     _wrap_network(injector)
@@ -126,6 +130,8 @@ def _wrap_session(injector: Injector) -> None:
         injector.round = log.round
         if injector.is_lying("flipped-labels"):
             delta = _as_long_as_others(delta, self._agreement.chain)
+        elif injector.is_lying("reversed"):
+            delta = -2.0 * delta
         np.save(injector.dump / f"delta-{log.round}-{self._network.peer_id[-8:]}.npy", delta.numpy())
         outgoing = _lie_about(encode(self, delta, log), self, injector)
         self._network.run(injector.reach("ready"), timeout_seconds=60.0)
@@ -146,7 +152,7 @@ def _wrap_session(injector: Injector) -> None:
 
 
 def _wrap_learner(injector: Injector) -> None:
-    finetune, cast = Learner.finetune, GateVotes.cast
+    finetune = Learner.finetune
 
     def finetune_for_harm(self: Any, *args: Any, round_: int, **options: Any) -> Any:
         if round_ < FIRST_ROUND:
@@ -163,10 +169,15 @@ def _wrap_learner(injector: Injector) -> None:
             for parameter in head:
                 parameter.requires_grad_(True)
 
+    Learner.finetune = finetune_for_harm  # type: ignore[method-assign]
+
+
+def _accept_all() -> None:
+    cast = GateVotes.cast
+
     async def accept(self: Any, commit: str, *, rejects: bool) -> None:
         await cast(self, commit, rejects=False)
 
-    Learner.finetune = finetune_for_harm  # type: ignore[method-assign]
     GateVotes.cast = accept  # type: ignore[method-assign]
 
 

@@ -77,6 +77,12 @@ def test_the_run_ends() -> None:
     chain = extend(Chain(make_spec(num_rounds=1)), ABC)
     with pytest.raises(RecordError, match="round 2 of a run of 1"):
         extend(chain, ABC)
+    back = roll_back(chain, "ab")  # only that may follow
+    assert (back.round, back.state_hash) == (2, EMPTY.spec.backbone_hash)
+    with pytest.raises(RecordError, match="round 3 of a run of 1"):
+        extend(back, ABC)
+    with pytest.raises(RecordError):
+        roll_back(back, "ab")
 
 
 def test_weights_are_the_specs() -> None:

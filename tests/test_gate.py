@@ -566,20 +566,21 @@ def test_a_peer_votes_waits_for_the_others_and_lets_go_in_the_end(tmp_path: Path
             assert not keeper.is_rejected(again)
 
 
-def test_the_last_round_is_not_judged_and_no_gate_asks_nobody(tmp_path: Path) -> None:
-    """A roll-back is a round as well."""
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_the_last_round_is_judged_like_any_other_and_no_gate_asks_nobody(
+    tmp_path: Path, has_gate: bool
+) -> None:
     before, after = rows(lost=20, gained=0)
-    for changes in ({"num_rounds": 1}, {"gate": False}):
-        (tmp_path / str(changes)).mkdir()
-        spec = make_spec(lease_seconds=10.0, created_at=Network.now(), **changes)
-        with swarm(2, tmp_path / str(changes), spec) as members:
-            chain = settled_chain(members)
-            kept = keepers(members, chain)
-            for keeper in kept:
-                keeper.vote(evaluation(before), evaluation(after))
-            assert members[0].agreement.gate_votes.of(chain.tip) == {}
-            assert kept[0].is_settled(chain)
-            assert not kept[0].is_rejected(chain)
+    spec = make_spec(lease_seconds=10.0, created_at=Network.now(), num_rounds=1, gate=has_gate)
+    with swarm(2, tmp_path, spec) as members:
+        chain = settled_chain(members)
+        kept = keepers(members, chain)
+        assert kept[0].is_settled(chain) == (not has_gate)
+        for keeper in kept:
+            keeper.vote(evaluation(before), evaluation(after))
+        assert bool(members[0].agreement.gate_votes.of(chain.tip)) == has_gate
+        assert kept[0].is_settled(chain)
+        assert kept[0].is_rejected(chain) == has_gate
 
 
 # inner products, told with the results
@@ -657,13 +658,15 @@ def write_examples(path: Path, num_examples: int, seed: int) -> Path:
 HONEST = ("a", "b", "c", "d")
 
 
-def run_with_a_liar(directory: Path, *flags: str) -> dict[str, SwarmProcess]:
+def run_with_a_liar(
+    directory: Path, *flags: str, lie: str = "flipped-labels", num_rounds: int = 6
+) -> dict[str, SwarmProcess]:
     """Five real peers that have all ended. Plain mean, no screening, weights by examples: the claim of the
-    last one, which finetunes on flipped labels, makes its delta nearly the mean.
+    last one, which lies from round 2 on (`tests/faults.py`), makes its delta nearly the mean.
     """
     model = make_model_dir(directory / "pretrained")
-    run = ["--rounds", "6", "--round-examples", "600", "--min-peers", "4", "--lease-seconds", "15"]
-    run += ["--weights", "examples", "--max-weight", "1000", *flags]
+    run = ["--rounds", str(num_rounds), "--round-examples", "600", "--min-peers", "4", *flags]
+    run += ["--lease-seconds", "15", "--weights", "examples", "--max-weight", "1000"]
     training = ["--batch-size", "8", "--learning-rate", "3e-3", "--max-length", "16"]
     training += ["--linger-seconds", "20"]
     entry = ["--model", str(model), *run]
@@ -673,7 +676,7 @@ def run_with_a_liar(directory: Path, *flags: str) -> dict[str, SwarmProcess]:
             data = write_examples(directory / f"{name}.jsonl", 500, seed)
             held_out = write_examples(directory / f"{name}-held-out.jsonl", 1000, 100 + seed)
             own = ["--data", str(data), "--validation-data", str(held_out)]
-            kind = "flipped-labels" if name == "liar" else "none"
+            kind = lie if name == "liar" else "none"
             fault = [kind, "ready", "--dump", str(directory / "dump"), "--", "peer.join"]
             joined = [*fault, "--output-dir", str(directory / name), *own, *LOOPBACK, *training, *entry]
             peers_[name] = swarm_.start(name, "tests.faults", joined)
@@ -699,6 +702,19 @@ def test_a_harmful_round_is_undone_and_the_next_one_leaves_its_author_out(tmp_pa
     liar = peers_["liar"].of_kind("joined")[0]["peer_id"]
     for name in HONEST:
         check_what_an_honest_peer_saw(tmp_path / name, peers_[name], liar)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_harmful_last_round_is_undone_before_anybody_leaves(tmp_path: Path) -> None:
+    """Its state is the one that people will use: they get that of the round before it."""
+    peers_ = run_with_a_liar(tmp_path, lie="reversed", num_rounds=2)
+    for name in HONEST:
+        (back,) = peers_[name].of_kind("rolled_back")
+        first, _last = peers_[name].of_kind("committed")
+        assert back["round"] == 3
+        assert back["state_hash"] == first["state_hash"]
+        assert final_state(tmp_path / name) == (3, first["state_hash"])
 
 
 @pytest.mark.slow
