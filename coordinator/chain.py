@@ -54,13 +54,22 @@ class Chain:
             number, standing = number + 1, standing - 2
         return number
 
-    @cached_property
+    @property
     def left_out(self) -> Mapping[str, str]:
         """Who is to take no part in the next fusion, and why, as the latest roll-backs say.
 
         Until `gate_left_out_rounds` fusions of the spec stand; an undone one does not count.
         """
-        found: dict[str, str] = {}
+        return {peer: reason for peer, (reason, _) in self._left_out.items()}
+
+    @property
+    def left_out_rounds(self) -> Mapping[str, int]:
+        """Of those in `left_out`: how many fusions have yet to stand without them."""
+        return {peer: num_rounds for peer, (_, num_rounds) in self._left_out.items()}
+
+    @cached_property
+    def _left_out(self) -> Mapping[str, tuple[str, int]]:
+        found: dict[str, tuple[str, int]] = {}
         index, num_standing = self.round, 0
         while index > 0 and num_standing < self.spec.gate_left_out_rounds:
             index -= 1
@@ -68,7 +77,9 @@ class Chain:
             if commit.kind == "fuse":
                 num_standing += 1
             else:
-                found.update({e.peer: e.reason for e in commit.excluded if e.peer not in found})
+                num_rounds = self.spec.gate_left_out_rounds - num_standing
+                for exclusion in commit.excluded:
+                    found.setdefault(exclusion.peer, (exclusion.reason, num_rounds))
                 index -= 1  # the fusion that it undid
         return found
 

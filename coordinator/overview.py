@@ -19,8 +19,12 @@ bears the signatures of a majority.
                  "num_examples", "num_dropped", "num_signatures", "num_electorate", "state_hash", "reason"}],
      "contributors": [{"peer_id", "short_id", "name", "num_examples", "weight", "norm", "factor"}],
                                      of the last fusion
-     "dropped": [{"round", "peer_id", "short_id", "name", "what": "excluded" | "screened out" | "in part",
-                  "reason"}],        newest first, of the last thousand rounds
+     "dropped": [{"round", "peer_id", "short_id", "name", "reason", "num_rounds_left": int | null,
+                  "what": "excluded" | "sits out" | "screened out" | "in part" | "absent"}],
+                                     newest first, of the last thousand rounds; see dropped.py. An excluded
+                                     peer sent what it should not; one that sits out does so after a
+                                     roll-back, for `num_rounds_left` more fusions; an absent one was in the
+                                     fusion before, and its reason is what its last heartbeat tells
      "metrics": [{"round", "peer_id", "short_id", "name", "metric", "base", "own", "fused"}],
                                      as far back as this monitor has watched
      "traffic": {"bytes_sent", "bytes_received"}}
@@ -32,13 +36,14 @@ without a new `version`.
 from __future__ import annotations
 
 import unicodedata
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coordinator.about import Scores
 from coordinator.chain import Chain
-from coordinator.records import MAX_REASON_CHARS, Commit, Contribution, PeerRecord, SignedCommit
+from coordinator.dropped import Drop, find_dropped
+from coordinator.records import MAX_REASON_CHARS, Contribution, PeerRecord, SignedCommit
 
 VERSION = 1
 SHORT_ID_CHARS = 8
@@ -87,6 +92,7 @@ def make_overview(
     names = {peer: name_of(record) for peer, record in heard.items()}
     peers = [_peer(peer, record, chain, now) for peer, record in heard.items()]
     peers.sort(key=_order)
+    drops = list(find_dropped(chain, heard, now=now, max_rounds=MAX_ROUNDS_SEARCHED))
     return {
         "event": "overview",
         "version": VERSION,
@@ -97,9 +103,9 @@ def make_overview(
         "state": _state(chain, peers),
         "peers": peers[:MAX_PEERS_SHOWN],
         "num_peers_left_out": max(0, len(peers) - MAX_PEERS_SHOWN),
-        "rounds": _rounds(chain),
+        "rounds": _rounds(chain, drops),
         "contributors": _contributors(chain, names),
-        "dropped": _dropped(chain, names),
+        "dropped": [_drop(drop, names) for drop in drops[:MAX_DROPPED_SHOWN]],
         "metrics": [_score_line(round_, peer, scored, names) for round_, peer, scored in scores],
         "traffic": {key: sum(p[key] for p in peers) for key in ("bytes_sent", "bytes_received")},
     }
@@ -225,17 +231,18 @@ def _state(chain: Chain, peers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _rounds(chain: Chain) -> list[dict[str, Any]]:
+def _rounds(chain: Chain, drops: Sequence[Drop]) -> list[dict[str, Any]]:
+    num_dropped = Counter(drop.round for drop in drops)
     first = max(0, chain.round - MAX_ROUNDS_SHOWN)
     before = chain.commits[first - 1].commit.committed_at if first else chain.spec.created_at
     rounds = []
     for signed in chain.commits[first:]:
-        rounds.append(_round(signed, before))
+        rounds.append(_round(signed, before, num_dropped[signed.commit.round]))
         before = signed.commit.committed_at
     return rounds
 
 
-def _round(signed: SignedCommit, begun_at: float) -> dict[str, Any]:
+def _round(signed: SignedCommit, begun_at: float, num_dropped: int) -> dict[str, Any]:
     commit = signed.commit
     return {
         "round": commit.round,
@@ -245,7 +252,7 @@ def _round(signed: SignedCommit, begun_at: float) -> dict[str, Any]:
         "attempt": commit.attempt,
         "num_peers": len(commit.contributors),
         "num_examples": sum(c.num_examples for c in commit.contributors),
-        "num_dropped": len(list(_dropped_in(commit))),
+        "num_dropped": num_dropped,
         "num_signatures": len(signed.signatures),
         "num_electorate": len(commit.electorate),
         "state_hash": commit.state_hash,
@@ -264,24 +271,11 @@ def _contributor(contribution: Contribution, names: Mapping[str, str]) -> dict[s
     return {**_who(contribution.peer, names), **values}
 
 
-def _dropped(chain: Chain, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    lines = []
-    for signed in reversed(chain.commits[-MAX_ROUNDS_SEARCHED:]):
-        for peer, what, why in _dropped_in(signed.commit):
-            reason = clean_text(why, MAX_REASON_CHARS)
-            lines.append({"round": signed.commit.round, **_who(peer, names), "what": what, "reason": reason})
-        if len(lines) >= MAX_DROPPED_SHOWN:
-            break
-    return lines[:MAX_DROPPED_SHOWN]
-
-
-def _dropped_in(commit: Commit) -> Iterator[tuple[str, str, str]]:
-    for exclusion in commit.excluded:
-        yield exclusion.peer, "excluded", exclusion.reason
-    for c in commit.contributors:
-        if c.factor == 0.0:
-            yield c.peer, "screened out", "the spec's rule gave its contribution no weight"
-        elif c.missing:
-            num_parts = sum(stop - first for first, stop in c.missing)
-            parts = f"{num_parts} part{'s' if num_parts != 1 else ''} missing"
-            yield c.peer, "in part", f"{parts}: {c.reason or 'it stopped sending'}"
+def _drop(drop: Drop, names: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "round": drop.round,
+        **_who(drop.peer, names),
+        "what": drop.what,
+        "reason": clean_text(drop.reason, MAX_REASON_CHARS),
+        "num_rounds_left": drop.num_rounds_left,
+    }

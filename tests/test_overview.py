@@ -241,6 +241,26 @@ def test_what_a_rule_left_out_and_what_came_in_part_are_told_apart() -> None:
     assert dropped[1]["reason"] == "3 parts missing: it stopped sending"
 
 
+def test_who_is_absent_or_sits_out_is_shown_in_json_and_terminal() -> None:
+    why = {"kind": "rollback", "state_hash": CHAIN.state_hash, "reason": "2 of 3 reject it"}
+    named = [{"peer": peer("c"), "reason": "median cosine\x1b[2J -0.5"}]
+    back = extend(extend(CHAIN, "abc"), "", "abc", electorate=[peer(n) for n in "abc"], excluded=named, **why)
+    chain = extend(back, "ad", electorate=[peer("a")])
+    heard = {peer("b"): heartbeat(said=about(name="Bob"), phase="leaving")}
+    shown = overview(chain, heard, now=chain.committed_at + 5.0)
+    assert [
+        (d["round"], d["name"], d["what"], d["reason"], d["num_rounds_left"]) for d in shown["dropped"]
+    ] == [
+        (3, "Bob", "absent", "left", None),
+        (2, "", "sits out", "for 2 more rounds: median cosine [2J -0.5", 2),
+    ]
+    assert [r["num_dropped"] for r in shown["rounds"]] == [0, 1, 1]
+    told = terminal_text(shown)
+    assert f"{peer('b')[-8:]} Bob" in told
+    for text in ("absent", "left", "sits out", "for 2 more rounds"):
+        assert text in told
+
+
 def test_a_roll_back_is_shown_with_its_reason() -> None:
     one = extend(CHAIN, "ab")
     why = {"kind": "rollback", "state_hash": CHAIN.state_hash, "reason": "a reducer lied"}

@@ -8,6 +8,8 @@ const BACKBONES = ["base", "own", "fused"];
 const AGREEMENT = {
   agrees: ["agrees", "good"], behind: ["behind", "warn"], differs: ["differs", "bad"], serves: ["entry point", ""],
 };
+// How grave: a conviction is red, what came in part or sits out is not, who went away has done nothing wrong.
+const DROPPED = { "in part": "warn", "sits out": "warn", absent: "" };
 const ROUNDS_SHOWN = 8;
 const LISTED = 12;
 
@@ -375,7 +377,7 @@ function showLists(s) {
   const dropped = [...s.dropped, ...undone].sort((a, b) => b.round - a.round);
   list("dropped", dropped, (entry) => [
     make("span", "quiet", `round ${entry.round}`), ...(entry.peer_id ? [who(entry)] : []),
-    make("span", `mark ${entry.what === "in part" ? "warn" : "bad"}`, entry.what), make("bdi", "why", entry.reason),
+    make("span", `mark ${DROPPED[entry.what] ?? "bad"}`, entry.what), make("bdi", "why", entry.reason),
   ]);
   list("contributors", s.contributors, (entry) => [
     who(entry), make("span", "why", `${count(entry.num_examples, "example")}, weight ${+entry.weight.toFixed(3)}${entry.factor < 1 ? `, cut to ${Math.round(100 * entry.factor)} %` : ""}`),
