@@ -33,7 +33,7 @@ from coordinator.identity import Identity, load_identity
 from coordinator.network import Network, NetworkConfig, PeerUnreachable
 from coordinator.organizer import DAY_SECONDS, DEFAULT_DAYS, ENTRY_POINTS_NAME, MAX_ENTRY_POINTS
 from coordinator.records import MAX_NAME_CHARS, MAX_RECORD_BYTES
-from coordinator.spec import RunSpec, load_spec
+from coordinator.spec import MAX_INSTANT, RunSpec, load_spec
 
 EPILOG = f"""examples:
   one string, for whoever holds it, for a week:
@@ -119,6 +119,9 @@ def _make(args: argparse.Namespace) -> None:
         raise UsageError(f"--name has at most {MAX_NAME_CHARS} characters, without control characters")
     if args.for_peer is not None and not _is_key(args.for_peer):
         raise UsageError(f"--for-peer {args.for_peer[:80]}: a peer id begins with 12D3KooW; see peer-id")
+    expires_at = round(time.time() + args.days * DAY_SECONDS)
+    if expires_at > MAX_INSTANT:
+        raise UsageError(f"--days {args.days:g}: that is after the year 3200")
     entry_points = _entry_points(args)
     if not entry_points:
         raise UsageError("give --initial-peers ADDR: the directory knows no address of the run's peers")
@@ -126,7 +129,7 @@ def _make(args: argparse.Namespace) -> None:
         organizer,
         spec.digest,
         entry_points[:MAX_ENTRY_POINTS],
-        expires_at=round(time.time() + args.days * DAY_SECONDS),
+        expires_at=expires_at,
         for_peer=args.for_peer,
         name=args.name,
     )

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.about import AboutPeer
 from coordinator.identity import Identity, is_signed_by
+from coordinator.spec import Instant
 
 MAX_RECORD_BYTES = 10_000  # what the DHT takes without harm, with room
 MAX_MESSAGE_BYTES = 1024 * 1024  # a proposal of 256 members, 1 to 3 KB each; p2pd takes 2 MB
@@ -32,7 +33,6 @@ MAX_REVOKED = 128  # keys of a run that its organizer takes back: all of them fi
 
 PeerIdText = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
 HashText = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Instant = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # DHT time, seconds since 1970
 OptionalHash = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # empty: none
 Reason = Annotated[str, Field(max_length=MAX_REASON_CHARS)]
 _SOME = Field(min_length=1, max_length=1024)

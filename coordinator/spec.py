@@ -25,7 +25,8 @@ MODEL_FILE_SUFFIXES = (".json", ".txt", ".model")  # data only: never code, neve
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # of a file: no folders, no control characters
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Instant = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MAX_INSTANT = 4e10  # in the year 3237; what is shown of an instant has a four-digit year, and a date at all
+Instant = Annotated[float, Field(ge=0, le=MAX_INSTANT, allow_inf_nan=False)]  # seconds since 1970
 LeaseSeconds = Annotated[float, Field(ge=5, le=3600, allow_inf_nan=False)]
 MaxWeight = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**53)]  # bounded, so that it converts to a float
@@ -49,7 +50,7 @@ class RunSpec(_Frozen):
 
     format: Literal[2] = 2  # 2: manifests, ballots, rules and codecs of version 0.2
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    created_at: Instant  # seconds since 1970: tells runs apart
+    created_at: Instant  # tells runs apart
     model: Annotated[str, Field(min_length=1, max_length=512)]  # hub id, or a path that only some peers have
     revision: Annotated[str, Field(max_length=128)] | None = None  # hub revision
     backbone_hash: Sha256  # state hash of round 0: the pretrained backbone

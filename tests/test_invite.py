@@ -96,6 +96,7 @@ def test_entry_points_are_those_that_the_directory_knows(
         (["--initial-peers", ADDRESS, "--name", "x" * 41], 2, "--name has at most 40 characters"),
         (["--initial-peers", ADDRESS, "--name", "a\x1b[2J"], 2, "without control characters"),
         (["--initial-peers", ADDRESS, "--days", "0"], 2, "0 is not above 0"),
+        (["--initial-peers", ADDRESS, "--days", "1e9"], 2, "--days 1e+09: that is after the year 3200"),
         (["peer-id"], 2, "give --identity-path"),
         (["show", "cold-invite-1.x"], 7, "cut off or mistyped"),
         (["revoke", invite("0" * 64, expires_at=1.0).to_text()], 7, "of another run"),

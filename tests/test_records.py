@@ -86,6 +86,7 @@ def test_a_signature_of_the_bare_payload_means_nothing() -> None:
         ({"num_examples": 2**53 + 1}, "num_examples"),
         ({"entered_at": float("nan")}, "entered_at"),
         ({"issued_at": float("inf")}, "issued_at"),
+        ({"issued_at": 1e300}, "issued_at"),
         ({"expires_at": 10**400}, "expires_at"),
         ({"commit": "x"}, "commit"),
         ({"state_hash": hash_of("x") + "\n"}, "state_hash"),

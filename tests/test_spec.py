@@ -46,6 +46,8 @@ def test_any_change_gives_another_digest(change: dict[str, Any]) -> None:
         ({"num_rounds": True}, "key 'num_rounds'"),
         ({"aggregation": "krum"}, "key 'aggregation'"),
         ({"backbone_hash": "ab"}, "key 'backbone_hash'"),
+        ({"created_at": 1e300}, "key 'created_at'"),  # no date: nothing could show it
+        ({"created_at": 4.1e10}, "key 'created_at'"),
         ({"lease_seconds": float("nan")}, "key 'lease_seconds'"),
         ({"round_limit_seconds": float("inf")}, "key 'round_limit_seconds'"),
         ({"run_name": "../x"}, "key 'run_name'"),
