@@ -106,8 +106,6 @@ function showRun(s) {
   setText($("digest"), s.run.digest);
   setText($("state-hash"), s.state.state_hash);
   setText($("commit"), s.state.round ? s.state.commit : "none yet");
-  show($("notice"), Boolean(s.problem));
-  setText($("notice"), s.problem || "");
   if (announcedRound !== null && s.state.round > announcedRound) setText($("announce"), `Round ${s.state.round} is committed.`);
   announcedRound = s.state.round;
 }
@@ -387,19 +385,36 @@ function showLists(s) {
 function showSpec(s) {
   const shown = Object.entries(s.run.spec).map(([key, value]) => `${key}\n${value}`).join("\n");
   if ($("spec").dataset.shown === shown) return;
-  $("spec").dataset.shown = shown;
   $("spec").replaceChildren(...Object.entries(s.run.spec).flatMap(([key, value]) => {
     const text = make("dd");
     text.append(make("code", "", key === "created_at" ? new Date(1000 * value).toISOString() : String(value)));
     return [make("dt", "", key.replaceAll("_", " ")), text];
   }));
+  $("spec").dataset.shown = shown;
 }
 
 // ---- the loop
 
+const SECTIONS = {
+  "at a glance": showRun, peers: showPeers, scores: showScores, "rounds over time": showPace, "latest rounds": showRounds,
+  dropped: showLists, spec: showSpec,
+};
+
+/* A section that cannot be drawn hides no other: it keeps what it showed before, and the notice names it. */
 function render() {
   if (!state) return;
-  for (const part of [showRun, showPeers, showScores, showPace, showRounds, showLists, showSpec]) part(state);
+  const failed = [];
+  for (const name of Object.keys(SECTIONS)) {
+    try {
+      SECTIONS[name](state);
+    } catch (error) {
+      console.warn(`${name}:`, error);
+      failed.push(name);
+    }
+  }
+  const told = [state.problem, failed.length && `This page cannot show what it was told of: ${failed.join(", ")}.`].filter(Boolean);
+  setText($("notice"), told.join(" "));
+  show($("notice"), told.length > 0);
 }
 
 function showLink(ok) {
@@ -426,5 +441,5 @@ async function poll() {
 }
 
 $("whose").addEventListener("change", render);
-new ResizeObserver(() => state && (showScores(state), showPace(state))).observe(document.querySelector("main"));
+new ResizeObserver(render).observe(document.querySelector("main"));
 poll();
