@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Dialog, Page
 
 WAIT_MS = 60_000.0
+PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1180, "height": 800}
 
 
@@ -87,6 +88,14 @@ def spec_shown(page: Page) -> dict[str, str]:
     found: dict[str, str] = page.evaluate(
         "() => Object.fromEntries([...document.querySelectorAll('#spec dt')]"
         ".map((dt) => [dt.textContent, dt.nextElementSibling.textContent]))"
+    )
+    return found
+
+
+def overflow_pixels(page: Page) -> int:
+    """By how much the page is wider than the window."""
+    found: int = page.evaluate(
+        "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
     )
     return found
 

@@ -17,6 +17,7 @@ from coordinator.web import Latest, WebServer
 from tests.fakes import extend, make_heartbeat, make_spec, peer
 from tests.pages import (
     DESKTOP,
+    PHONE,
     brightness,
     browser_or_skip,
     cells,
@@ -25,6 +26,7 @@ from tests.pages import (
     downloaded_card,
     dropped,
     opened,
+    overflow_pixels,
     spec_shown,
     wait_for,
 )
@@ -157,6 +159,15 @@ def test_who_was_dropped_and_why(browser: Browser) -> None:
         assert marks == ["mark bad", "mark", "mark warn", "mark bad"]  # only a conviction is red
         assert not page.is_visible("#dropped-empty")
         check_that_texts_stayed_texts(page)
+
+
+@pytest.mark.parametrize("width", [390, 320, 800])
+def test_nothing_is_wider_than_the_screen(browser: Browser, width: int) -> None:
+    with page_of(browser, make_shown(), viewport={**PHONE, "width": width}) as (page, wrong):
+        page.click("summary")
+        assert overflow_pixels(page) <= 0
+        assert cells(page, peer("a"))["Examples/s"] == "12.3"
+        assert wrong == []
 
 
 def test_dark_is_dark_and_light_is_light(browser: Browser) -> None:
