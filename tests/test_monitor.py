@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,11 @@ from coordinator.about import AboutPeer, Scores
 from coordinator.agreement import Agreement
 from coordinator.board import BoardValidator
 from coordinator.chain import Chain
-from coordinator.errors import UsageError
 from coordinator.identity import load_identity
 from coordinator.monitor import main
 from coordinator.network import Network
 from coordinator.observer import Observer
 from coordinator.web import Latest, WebServer
-from scripts.browser import headless_browser
 from scripts.swarm_processes import LocalSwarm
 from tests.fakes import (
     CALL_SECONDS,
@@ -37,14 +35,28 @@ from tests.fakes import (
     peer,
     running_networks,
 )
+from tests.pages import (
+    DESKTOP,
+    PHONE,
+    brightness,
+    browser_or_skip,
+    cells,
+    check_that_texts_stayed_texts,
+    classes,
+    downloaded_card,
+    dropped,
+    opened,
+    overflow_pixels,
+    spec_shown,
+    wait_for,
+)
 from tests.test_swarm import START_SECONDS, start_peer, start_run, write_task
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Dialog, Page
+    from playwright.sync_api import Page
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = "<img src=x onerror=alert(1)>"
-WAIT_MS = 60_000.0
 
 
 # --- in one process: real networks, a chain made by hand
@@ -202,52 +214,7 @@ def test_another_run_than_the_wanted_one_ends_with_2(run: Run, capsys: pytest.Ca
     assert "not in the wanted one" in capsys.readouterr().err
 
 
-# --- a real swarm and a real browser
-
-
-@contextmanager
-def opened(url: str) -> Iterator[tuple[Page, list[str], list[str]]]:
-    """The page; what it asked for; what went wrong in it, dialogs included."""
-    asked: list[str] = []
-    wrong: list[str] = []
-    with ExitStack() as stack:
-        try:
-            browser = stack.enter_context(headless_browser())
-        except UsageError as error:
-            pytest.skip(f"needs a browser: {error}")
-        page = browser.new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: refuse(dialog, wrong))
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.goto(url)
-        yield page, asked, wrong
-
-
-def refuse(dialog: Dialog, wrong: list[str]) -> None:
-    wrong.append(f"dialog {dialog.message}")
-    dialog.dismiss()
-
-
-def wait_for(page: Page, expression: str, argument: object = None) -> None:
-    page.wait_for_function(expression, arg=argument, timeout=WAIT_MS)
-
-
-def rows(page: Page) -> dict[str, str]:
-    """Class of each row, by what its peer calls itself."""
-    found: dict[str, str] = page.evaluate(
-        "() => Object.fromEntries([...document.querySelectorAll('#peers tbody tr')]"
-        ".map((r) => [r.querySelector('bdi')?.textContent ?? '', r.className]))"
-    )
-    return found
-
-
-def check_that_text_stayed_text(page: Page, names: list[str]) -> None:
-    assert set(rows(page)) >= set(names)
-    assert page.evaluate("() => document.scripts.length") == 1
-    assert page.evaluate("() => document.images.length") == 0
-    with pytest.raises(Exception, match=r"TrustedHTML|Trusted Type"):
-        page.evaluate("() => { document.body.innerHTML = '<b>x</b>'; }")
+# --- a real swarm and a real browser (each figure in its place: test_page.py)
 
 
 @pytest.mark.slow
@@ -256,11 +223,11 @@ def test_the_page_fills_updates_and_shows_who_is_gone(tmp_path: Path) -> None:
     names = [SCRIPT, IMAGE, "Ada's laptop"]
     tasks = [write_task(tmp_path / f"{i}.jsonl", seed=i) for i in range(3)]
     flags = ("--rounds", "500", "--round-seconds", "3", "--min-peers", "2", "--lease-seconds", "5")
-    with LocalSwarm(tmp_path / "logs") as swarm:
+    with LocalSwarm(tmp_path / "logs") as swarm, browser_or_skip() as browser:
         _, entry = start_run(swarm, tmp_path, *flags)
         monitor = swarm.start("monitor", "coordinator.monitor", [*entry, "--web", "0"])
         url = swarm.wait_for(monitor, "web", timeout_seconds=START_SECONDS)["url"]
-        with opened(url) as (page, asked, wrong):
+        with opened(browser, url) as (page, asked, wrong):
             wait_for(page, "() => document.getElementById('run-name').textContent === 'test'")
             assert page.inner_text("#rounds-empty") == "Waiting for the first round."
             peers = [
@@ -277,24 +244,76 @@ def test_the_page_fills_updates_and_shows_who_is_gone(tmp_path: Path) -> None:
             wait_for(page, "(r) => Number(document.getElementById('round').textContent) > r", before)
             wait_for(page, "() => document.querySelectorAll('#scores-chart circle').length >= 6")
             assert not page.is_visible("#rounds-empty")
-            check_that_text_stayed_text(page, names)
+            assert set(classes(page)) >= set(names)
+            check_that_texts_stayed_texts(page)
+            check_a_filled_row(page, swarm.wait_for(peers[2], "joined", timeout_seconds=1.0)["peer_id"])
+            check_what_all_peers_make(page, entry[1])
+            check_on_phone_and_in_the_dark(page)
 
             swarm.kill(peers[2])
             wait_for(
                 page, "() => document.querySelector('#peers tr.stale bdi')?.textContent === \"Ada's laptop\""
             )
-            assert {name: rows(page)[name] for name in names} == dict(
+            assert {name: classes(page)[name] for name in names} == dict(
                 zip(names, ["", "", "stale"], strict=True)
             )
+            wait_for(page, "() => document.querySelector('#dropped')?.innerText.includes('silent')")
+            (line,) = (line for line in dropped(page) if "silent" in line)
+            assert re.fullmatch(r"round \d+ Ada's laptop \w{8} absent silent: its heartbeats ended .*", line)
             page.reload()  # the server keeps what was
             wait_for(page, "() => document.querySelectorAll('#scores-chart circle').length >= 6")
             wait_for(page, "() => document.querySelector('#peers tr.stale') !== null")
-            assert "the model card" not in page.inner_text("body")
-            assert fetch(f"{url}card.md").startswith("---\nlibrary_name: transformers")
+            assert line in dropped(page)
+            assert page.locator("#rounds tbody tr").count() >= 2
+            name, card = downloaded_card(page)
+            assert re.fullmatch(r"test-round-\d+\.md", name)
+            assert card.startswith("---\nlibrary_name: transformers")
         assert {address[: len(url)] for address in asked} == {url}
         assert [what for what in wrong if "TrustedHTML" not in what] == []
         check_that_it_leaves_in_order(monitor.process.pid, lambda: monitor.process.send_signal(signal.SIGINT))
         assert monitor.process.wait(30.0) == 130
+
+
+def check_a_filled_row(page: Page, peer_id: str) -> None:
+    row = '(peer) => document.querySelector(`#peers tr[data-peer="${peer}"] progress`)'
+    wait_for(page, row, peer_id)  # it has none between two phases
+    shown = cells(page, peer_id)
+    patterns = {
+        "Peer": rf"Ada's laptop\s+{peer_id[-8:]}",
+        "Phase": "finetuning|evaluating|ready|waiting",
+        "Round": r"[1-9]\d*",
+        "Device": r"\S.*",
+        "Examples/s": r"[1-9]\d*\.\d",
+        "Sent": r"[1-9][\d.]* (kB|MB)",
+        "Received": r"[1-9][\d.]* (kB|MB)",
+        "State": "agrees|behind|differs",  # as it happens while a round is being committed
+        "Last seen": r"just now|[1-5] s ago",
+    }
+    for head, pattern in patterns.items():
+        assert re.fullmatch(pattern, shown[head]), f"{head}: {shown[head]!r}"
+    assert shown["progress"] == "" or 0.0 <= float(shown["progress"]) <= 1.0
+
+
+def check_what_all_peers_make(page: Page, digest: str) -> None:
+    wait_for(page, "() => document.getElementById('agreement').textContent === '3 of 3'")
+    assert re.fullmatch(r"[1-9][\d.]* (kB|MB)", page.inner_text("#bytes-sent"))
+    assert re.match(r"[1-9][\d.]* (kB|MB) received", page.inner_text("#bytes-received"))
+    assert re.search(r"signed by [23], electorate 3", page.inner_text("#signed-by"))
+    assert page.inner_text("#digest") == digest
+    page.click("summary")
+    spec = spec_shown(page)
+    assert (spec["run name"], spec["round seconds"], spec["lease seconds"]) == ("test", "3", "5")
+    assert spec["created at"].startswith("20")
+
+
+def check_on_phone_and_in_the_dark(page: Page) -> None:
+    assert brightness(page, "body") > 200
+    page.set_viewport_size({"width": PHONE["width"], "height": PHONE["height"]})
+    page.emulate_media(color_scheme="dark")
+    assert overflow_pixels(page) <= 0
+    assert brightness(page, "body") < 60
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": DESKTOP["width"], "height": DESKTOP["height"]})
 
 
 def check_that_it_leaves_in_order(pid: int, stop: Callable[[], None]) -> None:
