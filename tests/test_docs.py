@@ -9,6 +9,7 @@ import importlib.util
 import io
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from coordinator import errors, invite, monitor, start
+from coordinator.cli import default_run_name
 from coordinator.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, SwarmError
 from peer import doctor, join, ledger
 from tests import private_runs
@@ -178,6 +180,32 @@ def test_a_command_that_does_not_exist_is_seen(name: str) -> None:
 )
 def test_an_example_that_does_not_parse_is_seen(line: str) -> None:
     assert len(list(examples_that_fail(f"    {line}\n"))) == 1
+
+
+MADE = re.compile(
+    r"(?:--output-dir|--log-file|--identity-path|--invite|peer\.ledger) @?([\w./-]*[a-z][\w./-]*)"
+)
+
+
+def made_by(text: str) -> Iterator[str]:
+    """Files and folders that commands of a page make or keep where they are given; DIR stands for any."""
+    for piece in pieces(text):
+        yield from (f"{path}/x" if "." not in path else path for path in MADE.findall(piece))
+
+
+def test_what_pages_tell_people_to_make_in_the_clone_is_ignored_by_git() -> None:
+    """A task_model/ holds label names, an invite lets in: `git add .` must not take them."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a clone")
+    made = {path for page in PAGES if page != DIARY for path in made_by(page.read_text(encoding="utf-8"))}
+    made.add(f"{default_run_name('org/all-MiniLM-L6-v2')}/run.toml")
+    assert {"mine/x", "my-run/x", "invite.txt"} <= made
+    assert [path for path in sorted(made) if not is_ignored(path)] == []
+    assert not any(is_ignored(path) for path in ("docs/mine/x", "peer/join.py", "results/invite.txt"))
+
+
+def is_ignored(path: str) -> bool:
+    return subprocess.run(["git", "check-ignore", "-q", path], cwd=REPOSITORY, check=False).returncode == 0
 
 
 # ---- links ----------------------------------------------------------------------------------------
