@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from coordinator.admission import admission_of, check_own
 from coordinator.agreement import Agreement, Committed, Fused, Group, LeftAlone, Overtaken
@@ -60,6 +61,7 @@ from peer.state import (
     CheckpointStore,
     KeptModel,
     append_json_line,
+    is_kept,
     kept_score,
     recover_directory,
     repair_json_lines,
@@ -384,8 +386,11 @@ class Session:
                 return
             delta = self._learner.export_backbone()
             delta -= self._state.backbone
-            outcome = self._fuse(self._feedback.add_to(delta), log)
-            self._keep_own(log)
+            outcome = None
+            try:
+                outcome = self._fuse(self._feedback.add_to(delta), log)
+            finally:  # told to stop, or cut off, while it waits for the others: it is kept all the same
+                self._keep_own(log, is_ending=outcome is None)
             if isinstance(outcome, LeftAlone):
                 self._reporter.alone(log.round)
                 part += 1
@@ -903,9 +908,17 @@ class Session:
 
     # `task_model/` holds the best on the own held-out split so far. The candidate is in the learner.
 
-    def _keep_own(self, log: _RoundLog) -> None:
-        if log.own is not None:
-            self._keep_task_model("your own finetuned backbone with its head", log.round, log.own.classifier)
+    def _keep_own(self, log: _RoundLog, *, is_ending: bool) -> None:
+        """Once it is scored. `is_ending`: something ends this peer, which a full disk must not hide."""
+        if log.own is None:
+            return
+        what = "your own finetuned backbone with its head"
+        try:
+            self._keep_task_model(what, log.round, log.own.classifier)
+        except (StateError, OSError, SafetensorError) as error:
+            if not is_ending:
+                raise
+            logger.error("your own classifier of this round is not kept: %s", error)
 
     def _keep_base(self, base: Evaluation) -> None:
         what = "the fused backbone with a head fitted to it"
@@ -916,8 +929,7 @@ class Session:
     def _keep_task_model(
         self, what: str, round_: int, score: float | None, probe: Probe | None = None
     ) -> None:
-        best = self._best_task_score
-        if score is None or (best is not None and score < best):
+        if score is None or not is_kept(score, self._best_task_score):
             return
         metric_name = self._data.task.metric_name
         kept = KeptModel(what, round_, metric_name, score, self._learner.num_held_out)

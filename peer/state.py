@@ -422,6 +422,16 @@ def kept_score(directory: Path, metric_name: str) -> float | None:
         return None
 
 
+def is_kept(score: float, best: float | None) -> bool:
+    """Whether a classifier takes the place of the one kept so far, of score `best`; None: there is none.
+
+    Of equals the newer one, since it has seen more. NaN beats nothing and is beaten by any score.
+    """
+    if best is None or math.isnan(best):
+        return True
+    return score >= best
+
+
 # --- the directory and its lock
 
 

@@ -32,6 +32,7 @@ from peer.state import (
     CheckpointStore,
     KeptModel,
     append_json_line,
+    is_kept,
     kept_score,
     recover_directory,
     repair_json_lines,
@@ -840,3 +841,30 @@ def test_the_card_of_the_own_classifier_says_which_one_it_is(tmp_path: Path) -> 
     assert "0.8125" in text
     (tmp_path / "kept.json").write_text("[1]")
     assert kept_score(tmp_path, "accuracy") is None
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("score", "best", "expected"),
+    [
+        (0.1, None, True),  # the first one, however bad
+        (NAN, None, True),
+        (0.8, 0.7, True),
+        (0.7, 0.8, False),
+        (0.8, 0.8, True),  # of equals the newer one
+        (-0.2, -0.3, True),  # a correlation
+        (NAN, -0.3, False),
+        (-0.3, NAN, True),
+    ],
+)
+def test_which_classifier_is_kept(score: float, best: float | None, expected: bool) -> None:
+    assert is_kept(score, best) is expected
+
+
+def test_what_an_earlier_process_kept_is_the_measure(tmp_path: Path) -> None:
+    write_task_card(tmp_path, KeptModel("the fused backbone", 3, "accuracy", 0.8125, 160))
+    assert not is_kept(0.8, kept_score(tmp_path, "accuracy"))
+    assert is_kept(0.8125, kept_score(tmp_path, "accuracy"))
+    assert is_kept(0.1, kept_score(tmp_path, "pearson"))  # nothing of this metric is kept

@@ -1,0 +1,130 @@
+"""Does a peer that is stopped while it waits for the others keep the model that it has made alone?"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coordinator.admission import OWN_SECONDS
+from coordinator.agreement import Agreement
+from coordinator.errors import AccessError, NetworkError, StateError
+from coordinator.network import Network
+from peer import session as session_module
+from peer.data import load_task_data
+from peer.display import ProgressBar, Reporter
+from peer.learner import Evaluation, Learner
+from peer.manners import Manners
+from peer.session import Session
+from peer.state import CheckpointStore
+from peer.stopping import StopSwitch
+from tests.test_private_swarm import private_run
+
+OWN_SCORE = 2.0  # above what any base has
+pytestmark = pytest.mark.timeout(120)
+
+
+class WaitingReporter(Reporter):
+    """Tells when the own backbone is scored, and the session begins to wait for the others."""
+
+    def __init__(self, on_waiting: Callable[[], None]) -> None:
+        super().__init__(json_lines=True, stream=io.StringIO())
+        self._on_waiting = on_waiting
+
+    @contextmanager
+    def progress(self, description: str, total: float | None) -> Iterator[ProgressBar]:
+        with super().progress(description, total) as bar:
+            if description.endswith("averaging with the others"):
+                self._on_waiting()
+            yield bar
+
+
+@pytest.fixture
+def _others_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate_own = Learner.evaluate_own
+
+    async def fuse(self: Agreement, reduce: object) -> None:
+        await asyncio.Event().wait()
+
+    def better_than_the_base(self: Learner, **options: Any) -> Evaluation:
+        return replace(evaluate_own(self, **options), classifier=OWN_SCORE)
+
+    monkeypatch.setattr(Agreement, "fuse", fuse)
+    monkeypatch.setattr(Learner, "evaluate_own", better_than_the_base)
+
+
+def run_until(directory: Path, on_waiting: Callable[[Session], None]) -> tuple[Session, str]:
+    """A real session, and why it ended; `on_waiting` is called once it waits for the others."""
+    config, spec, state = private_run(directory)
+    with StopSwitch(100.0).listening() as stop, CheckpointStore(config.output_dir) as store:
+        reporter = WaitingReporter(lambda: on_waiting(session))
+        session = Session(config, load_task_data(config.data), store, reporter, stop, Manners())
+        try:
+            return session, session.run(spec, state)
+        except (AccessError, NetworkError) as error:
+            return session, f"{type(error).__name__}: {error}"
+
+
+def told_to_stop(session: Session) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def let_in_no_longer(session: Session) -> None:
+    assert session._admission is not None
+    session._admission._now = lambda: Network.now() + OWN_SECONDS + 5.0
+
+
+def without_a_daemon(session: Session) -> None:
+    session._network.is_daemon_alive = lambda: False  # type: ignore[method-assign]
+
+
+@pytest.mark.usefixtures("_others_never_come")
+@pytest.mark.parametrize(
+    ("on_waiting", "reason"),
+    [
+        (told_to_stop, "terminated"),
+        (let_in_no_longer, "AccessError: "),
+        (without_a_daemon, "NetworkError: the p2p daemon has died"),
+    ],
+)
+def test_it_keeps_its_own_model_whatever_ends_the_waiting(
+    tmp_path: Path, on_waiting: Callable[[Session], None], reason: str
+) -> None:
+    session, why = run_until(tmp_path, on_waiting)
+    assert why.startswith(reason)
+    kept = json.loads((tmp_path / "mine" / "task_model" / "kept.json").read_text())
+    assert kept["what"] == "your own finetuned backbone with its head"
+    assert (kept["round"], kept["score"]) == (1, OWN_SCORE)
+    written = load_file(tmp_path / "mine" / "task_model" / "model.safetensors")
+    own = session._learner.model.state_dict()
+    assert {name for name in written if not torch.equal(written[name], own[name])} == set()
+    assert not torch.equal(session._learner.export_backbone(), session._state.backbone)  # it was finetuned
+
+
+@pytest.mark.usefixtures("_others_never_come")
+def test_a_model_that_cannot_be_kept_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(target: Path, write: object) -> None:
+        raise StateError(f"cannot write {target}: No space left on device")
+
+    def told_to_stop_on_a_full_disk(session: Session) -> None:
+        monkeypatch.setattr(session_module, "replace_directory", full)
+        told_to_stop(session)
+
+    _, why = run_until(tmp_path, told_to_stop_on_a_full_disk)
+    assert why == "terminated"
+    assert "your own classifier of this round is not kept: cannot write" in caplog.text
+    kept = json.loads((tmp_path / "mine" / "task_model" / "kept.json").read_text())
+    assert kept["what"] == "the backbone that the run began with and a head fitted to it"
