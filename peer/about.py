@@ -15,6 +15,7 @@ import torch
 from coordinator.about import MAX_METRIC_CHARS, MAX_NAME_CHARS, AboutPeer, Scores
 from coordinator.outgoing import Recorder, Sent
 from peer.display import Accuracy
+from peer.gpu_use import uses_gpu
 
 
 class About:
@@ -79,7 +80,7 @@ def tidy_name(text: str) -> str:
 
 def device_name(use_cpu: bool) -> str:
     """What this peer trains on."""
-    if not use_cpu and torch.cuda.is_available():
+    if uses_gpu(use_cpu):
         return torch.cuda.get_device_name()
     return "cpu"
 

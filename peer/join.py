@@ -293,19 +293,22 @@ def _join(args: argparse.Namespace) -> int:
 
 def make_manners(args: argparse.Namespace) -> Manners:
     """Takes on the priority of `--nice` as well. Raises UsageError."""
+    from peer.gpu_use import GpuWatch, uses_gpu
     from peer.manners import Manners, Schedule
 
-    percent, schedule = args.pause_when_busy, args.schedule
+    percent = args.pause_when_busy
     if percent is not None and not 1 <= percent <= 99:
         raise UsageError(f"--pause-when-busy {percent:g}: give a percentage from 1 to 99")
     if args.nice is not None:
         if not 0 <= args.nice <= 19:
             raise UsageError(f"--nice {args.nice}: give a number from 0 (as others) to 19 (after all others)")
         os.nice(args.nice)
-    return Manners(
-        None if schedule is None else Schedule.parse(schedule),
-        None if percent is None else percent / 100,
-    )
+    schedule = None if args.schedule is None else Schedule.parse(args.schedule)
+    if percent is None:
+        return Manners(schedule)
+    gpu = GpuWatch(is_used=uses_gpu(bool(args.use_cpu)))
+    gpu.others_share()  # what it does not see is said now, not in the middle of the work
+    return Manners(schedule, percent / 100, gpu_share=gpu.others_share)
 
 
 def make_config(args: argparse.Namespace) -> PeerConfig:

@@ -7,7 +7,6 @@ swarm, gives up its vote in the round, and holds nobody up: the others go on wit
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import re
 import signal
 import time
@@ -19,8 +18,6 @@ from types import FrameType
 import psutil
 
 from coordinator.errors import UsageError
-
-logger = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 2.0  # between two looks at the processors
 BUSY_SECONDS = 10.0  # others must be busy for so long before this peer rests ...
@@ -84,7 +81,7 @@ class BusyWatch:
 class Usage:
     """Processor seconds since some instant."""
 
-    at: float  # seconds of a clock that never jumps
+    at: float  # by time.monotonic()
     busy: float  # of all processes, on all processors
     own: float  # of this process and its children
 
@@ -118,39 +115,6 @@ def _own_seconds(process: psutil.Process) -> float:
     return seconds
 
 
-def gpu_share_of_others(own_pids: frozenset[int]) -> float:
-    """Part of the busiest GPU that other processes use, 0 to 1; 0 without a GPU or without NVML.
-
-    By `nvmlDeviceGetProcessUtilization` (NVIDIA Management Library), from the package nvidia-ml-py.
-    """
-    try:
-        import pynvml
-    except ImportError:
-        return 0.0
-    try:
-        pynvml.nvmlInit()
-        try:
-            return max(
-                (_share_on_gpu(pynvml, index, own_pids) for index in range(pynvml.nvmlDeviceGetCount())),
-                default=0.0,
-            )
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        logger.debug("no look at the GPU: %s", error)
-        return 0.0
-
-
-def _share_on_gpu(nvml: object, index: int, own_pids: frozenset[int]) -> float:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
-    since_microseconds = int((time.time() - SAMPLE_SECONDS) * 1e6)
-    try:
-        samples = nvml.nvmlDeviceGetProcessUtilization(handle, since_microseconds)  # type: ignore[attr-defined]
-    except nvml.NVMLError:  # type: ignore[attr-defined]  # "not found": nobody used it
-        return 0.0
-    return min(1.0, sum(sample.smUtil for sample in samples if sample.pid not in own_pids) / 100)
-
-
 class Manners:
     """Whether to rest, and why. SIGUSR1 says rest, SIGUSR2 says go on; the rest is looked at when asked."""
 
@@ -159,10 +123,14 @@ class Manners:
         schedule: Schedule | None = None,
         busy_threshold: float | None = None,
         *,
+        gpu_share: Callable[[], float] = lambda: 0.0,
         now: Callable[[], dt.datetime] = lambda: dt.datetime.now().astimezone(),
+        clock: Callable[[], float] = time.monotonic,
+        measure: Callable[[], Usage] = measure_usage,
     ) -> None:
-        """`busy_threshold`: see BusyWatch; None: whatever others do."""
+        """`busy_threshold`: see BusyWatch; None: whatever others do. `gpu_share`: see GpuWatch."""
         self._schedule, self._now = schedule, now
+        self._gpu_share, self._clock, self._measure = gpu_share, clock, measure
         self._busy = None if busy_threshold is None else BusyWatch(busy_threshold)
         self._last: Usage | None = None
         self._is_told = False  # a plain flag: see StopSwitch
@@ -200,15 +168,10 @@ class Manners:
     def _look(self) -> None:
         if self._busy is None:
             return
-        if self._last is not None and time.monotonic() - self._last.at < SAMPLE_SECONDS:
+        if self._last is not None and self._clock() - self._last.at < SAMPLE_SECONDS:
             return
-        usage, last = measure_usage(), self._last
+        usage, last = self._measure(), self._last
         self._last = usage
         if last is not None:
             share = others_share(last, usage, psutil.cpu_count() or 1)
-            self._busy.update(max(share, gpu_share_of_others(_own_pids())), usage.at)
-
-
-def _own_pids() -> frozenset[int]:
-    process = psutil.Process()
-    return frozenset({process.pid, *(child.pid for child in process.children(recursive=True))})
+            self._busy.update(max(share, self._gpu_share()), usage.at)

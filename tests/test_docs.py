@@ -37,7 +37,17 @@ PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "coordinator.monitor": monitor._parse,
     "coordinator.invite": invite._parse,
 }
-OTHER_PROGRAMS = ("pip", "sudo", "hf", "make", "kill", "chmod", "python -m scripts.", "python -m venv")
+OTHER_PROGRAMS = (
+    "pip",
+    "docker",
+    "sudo",
+    "hf",
+    "make",
+    "kill",
+    "chmod",
+    "python -m scripts.",
+    "python -m venv",
+)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 COMMAND = re.compile(r"python -m ([a-z_]+(?:\.[a-z_]+)*)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

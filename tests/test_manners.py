@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
 from pathlib import Path
 
+import psutil
 import pytest
 
 from coordinator.errors import UsageError
@@ -84,6 +85,54 @@ def test_what_a_child_computes_is_ours() -> None:
     assert after.own - before.own > 0.1
     assert after.busy >= before.busy
     assert after.at > before.at
+
+
+class MachineOfFour:
+    """Four processors and a clock of its own; `others` and `gpu` are what others use from now on."""
+
+    def __init__(self) -> None:
+        self.now = self.busy = self.others = self.gpu = 0.0
+
+    def measure(self) -> Usage:
+        return Usage(self.now, self.busy, own=0.0)
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.now += seconds
+        self.busy += 4 * seconds * self.others
+
+
+@pytest.mark.parametrize("what", ["others", "gpu"])
+def test_it_rests_while_others_use_processors_or_gpu(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    machine = MachineOfFour()
+    manners = Manners(
+        None, 0.5, gpu_share=lambda: machine.gpu, clock=lambda: machine.now, measure=machine.measure
+    )
+    reasons = []
+    for share, seconds in [(0.0, 4.0), (0.6, BUSY_SECONDS + 4.0), (0.4, QUIET_SECONDS + 4.0)]:
+        setattr(machine, what, share)
+        for _ in range(round(seconds / 2)):
+            machine.pass_seconds(2.0)
+            reasons.append(manners.reason())
+    # It looks every two seconds; a load is seen at its first look, and must last from there.
+    rests = "others use this machine"
+    assert reasons == [None] * 2 + [None] * 5 + [rests] * 2 + [rests] * 15 + [None] * 2
+
+
+def test_between_two_looks_it_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked after every step, and a measurement reads all children of the process."""
+    measured: list[float] = []
+    machine = MachineOfFour()
+
+    def measure() -> Usage:
+        measured.append(machine.now)
+        return machine.measure()
+
+    manners = Manners(None, 0.5, clock=lambda: machine.now, measure=measure)
+    for _ in range(9):
+        manners.reason()
+        machine.pass_seconds(0.5)
+    assert measured == [0.0, 2.0, 4.0]
 
 
 def test_signals_pause_and_resume() -> None:
