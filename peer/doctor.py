@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from coordinator.cli import Parser, default_run_name, run_main, spec_options, with_invite
 from coordinator.errors import EXIT_TERMINATED, SwarmError, UsageError
-from peer.join import add_join_arguments, make_config
+from peer.join import add_join_arguments, limit_threads, make_config
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    limit_threads(args.threads)
     from peer.display import claim_stdout, setup_logging
 
     # Warnings of libraries would stand between the lines; what is wrong is said by a check.

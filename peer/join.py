@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     from peer.manners import Manners
     from peer.stopping import StopSwitch
 
+THREAD_VARIABLES = (  # which each library reads once, when it is loaded or first used
+    "OMP_NUM_THREADS",  # torch, pyarrow
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",  # numpy, scipy
+    "RAYON_NUM_THREADS",  # tokenizers
+)
 MIN_UPLOAD_MBPS = 1.0  # `coordinator.pace` takes a peer below it for a silent one
 
 EPILOG = f"""examples:
@@ -262,6 +268,8 @@ def _add_manners_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _join(args: argparse.Namespace) -> int:
+    lower_priority(args.nice)
+    limit_threads(args.threads)
     # Imported after the flags are read: torch and transformers take seconds, --help should not.
     # The data come first: what is wrong with them is told before anything slow is even imported.
     from peer.data import load_task_data
@@ -291,18 +299,32 @@ def _join(args: argparse.Namespace) -> int:
     return stop.exit_code
 
 
+def lower_priority(nice: int | None) -> None:
+    """Of this thread, and of all threads and processes that it starts from now on. Raises UsageError.
+
+    Linux has a priority for each thread; so it is lowered before libraries start theirs.
+    """
+    if nice is None:
+        return
+    if not 0 <= nice <= 19:
+        raise UsageError(f"--nice {nice}: give a number from 0 (as others) to 19 (after all others)")
+    os.nice(nice)
+
+
+def limit_threads(num_threads: int | None) -> None:
+    """Of libraries that are imported later; what was said on the command line beats the environment."""
+    if num_threads is not None:
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
+
+
 def make_manners(args: argparse.Namespace) -> Manners:
-    """Takes on the priority of `--nice` as well. Raises UsageError."""
+    """Raises UsageError."""
     from peer.gpu_use import GpuWatch, uses_gpu
     from peer.manners import Manners, Schedule
 
     percent = args.pause_when_busy
     if percent is not None and not 1 <= percent <= 99:
         raise UsageError(f"--pause-when-busy {percent:g}: give a percentage from 1 to 99")
-    if args.nice is not None:
-        if not 0 <= args.nice <= 19:
-            raise UsageError(f"--nice {args.nice}: give a number from 0 (as others) to 19 (after all others)")
-        os.nice(args.nice)
     schedule = None if args.schedule is None else Schedule.parse(args.schedule)
     if percent is None:
         return Manners(schedule)

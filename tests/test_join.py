@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from coordinator.cli import Parser
-from coordinator.errors import NetworkError, StateError
+from coordinator.errors import NetworkError, StateError, UsageError
 from coordinator.spec import RunSpec
 from peer import join, probes
 from peer.display import Reporter
 from peer.stopping import StopSwitch
+from scripts.swarm_processes import LocalSwarm
 from tests.fakes import make_spec
 from tests.test_doctor import DEAD, LOOPBACK, serving
+from tests.test_swarm import START_SECONDS, start_peer, write_task
+from tests.tiny_models import make_model_dir
+
+# Run as a process of its own: a library reads the number of its threads once.
+COUNT_THREADS = """
+import json, os, sys
+from peer import join
+assert not {"numpy", "torch", "tokenizers", "pyarrow"} & set(sys.modules), "before --threads is known"
+join.limit_threads(int(sys.argv[1]))
+import numpy, torch
+from threadpoolctl import threadpool_info
+from tokenizers import Tokenizer, models
+tokenizer, before = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), set(os.listdir("/proc/self/task"))
+tokenizer.encode_batch(["a"] * 1000)
+print(json.dumps({
+    "torch": torch.get_num_threads(),
+    "blas": max(pool["num_threads"] for pool in threadpool_info()),
+    "tokenizers": len(set(os.listdir("/proc/self/task")) - before),
+}))
+"""
 
 
 def check(output_dir: Path, spec: RunSpec | None, *flags: str, stop: StopSwitch | None = None) -> None:
@@ -66,3 +92,48 @@ def test_told_to_stop_it_leaves_the_rest_to_the_session(tmp_path: Path) -> None:
     stop = StopSwitch(max_seconds=1e-6)
     check(tmp_path, None, "--initial-peers", DEAD, stop=stop)
     assert stop.is_set
+
+
+# ---- how much of the machine it takes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_of_all_libraries_are_as_many_as_given(num_threads: int) -> None:
+    """Also of the tokenizer, which torch does not know, and whatever the environment says."""
+    given = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", COUNT_THREADS, str(num_threads)]
+    found = json.loads(subprocess.run(command, env=given, check=True, capture_output=True, text=True).stdout)
+    assert found["tokenizers"] == num_threads
+    assert max(found["torch"], found["blas"]) <= num_threads  # they take no more than there are processors
+
+
+def test_without_the_flag_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    join.limit_threads(None)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize("nice", [-1, 20])
+def test_a_priority_that_is_none_is_refused(nice: int) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with pytest.raises(UsageError, match=f"--nice {nice}: give a number from 0"):
+        join.lower_priority(nice)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_a_peer_and_its_daemon_have_the_priority_that_was_given(tmp_path: Path) -> None:
+    """All threads of them: a pool that numpy started before would go on as others do."""
+    expected = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 1)
+    flags = ["--model", str(make_model_dir(tmp_path / "model")), "--nice", "1", "--threads", "2"]
+    with LocalSwarm(tmp_path / "logs") as swarm:
+        peer = start_peer(swarm, "peer", tmp_path, write_task(tmp_path / "data.jsonl", seed=0), flags)
+        swarm.wait_for(peer, "round_started", timeout_seconds=START_SECONDS)
+        process = psutil.Process(peer.process.pid)
+        family = {p.pid: p.name() for p in (process, *process.children(recursive=True))}
+        priorities = {
+            (name, thread): os.getpriority(os.PRIO_PROCESS, int(thread))
+            for pid, name in family.items()
+            for thread in os.listdir(f"/proc/{pid}/task")
+        }
+    assert any("p2pd" in name for name in family.values())
+    assert {key: nice for key, nice in priorities.items() if nice != expected} == {}
