@@ -84,7 +84,7 @@ STALL_FLOOR_SECONDS = 3.0  # silence of a live process on a busy machine
 STALL_FACTOR = 4.0  # times what the measured rate of the link predicts
 OPENING_FACTOR = 2.0  # times what opening a stream to that peer took: several round trips
 UNMEASURED_BYTES_PER_SECOND = 125_000.0  # 1 Mbit/s: the slowest link that is meant to work
-STRAGGLER_FACTOR = 20.0  # times what the median sender took, for the slowest one
+STRAGGLER_FACTOR = 20.0  # times what the median sender or reducer took, for the slowest one
 TRICKLE_FACTOR = 20.0  # times what the rate predicts, for a part of which bytes come all the time
 ALIVE_SECONDS = 0.5  # a reducer that waits for others says so this often
 GROUP_WAIT_SECONDS = 5.0  # a sender may be ahead of our own start
@@ -184,7 +184,8 @@ class AllReduceService:
             async with asyncio.timeout(rules.limit_seconds):
                 return await exchange.run()
         except TimeoutError as error:
-            raise RoundError(f"the all-reduce took longer than {rules.limit_seconds:.0f} s") from error
+            why = f"the all-reduce took longer than {rules.limit_seconds:.0f} s"
+            raise exchange.blame(why) from error
         finally:
             self.network.create_task(self._finish(group.group_id, exchange))
 
@@ -349,6 +350,10 @@ class _Exchange:
         self._squared_norms = dict.fromkeys(self._owned, 0.0)  # of results taken
         self._streams: set[FrameStream] = set()
         self.traffic = Traffic()
+        self._began = time.monotonic()
+        self._figures_at: dict[str, float] = {}  # by reducer: when it told them
+        self._statement_at: dict[str, float] = {}  # by reducer: when it was done
+        self._told_at: dict[str, float] = {}  # by reducer: since when it has told nothing new
         self.changed = asyncio.Condition()  # something came from another member
         self.made = asyncio.Condition()  # there is something for the senders: a result, figures, a statement
         self.reducer = _Reducer(self, self._owned[self.own], residuals)
@@ -446,6 +451,62 @@ class _Exchange:
         async with self.made:
             self.made.notify_all()
 
+    # which reducer is late
+
+    def median_ends_at(self, factor: float) -> float:
+        """Instant at which `factor` times what the median reducer took is over; infinite before it is done.
+
+        The lower one of an even number. A slow link holds up every reducer, because its peer sends to all of
+        them: so it is in this median.
+        """
+        since, done_at = self._stage()
+        middle, done = (len(self.reducers) - 1) // 2, sorted(done_at.values())
+        return since + factor * max(0.0, done[middle] - since) if middle < len(done) else math.inf
+
+    def late_at(self, reducer: str) -> float:
+        """Instant from which a reducer that goes on saying ALIVE is to blame.
+
+        It may have to wait for a sender longer than all the others, which is not its fault. While the median
+        reducer is not done, nobody knows how long this exchange takes, but each wait for senders has an end,
+        for the manifest and for a part, and a result comes of it.
+        """
+        if reducer in self._stage()[1]:
+            return math.inf
+        by_median = self.median_ends_at(STRAGGLER_FACTOR)
+        if by_median < math.inf:
+            return by_median + STALL_FLOOR_SECONDS + self._sender_seconds(STALL_FACTOR)
+        if self._lacks_figures():
+            return math.inf  # a whole slice comes before there is something to tell
+        return self._told_at.get(reducer, math.inf) + 2 * self._sender_seconds(TRICKLE_FACTOR)
+
+    def _stage(self) -> tuple[float, Mapping[str, float]]:
+        """Since when reducers owe what comes next, and when those told it who have."""
+        if self._lacks_figures():
+            return self._began, self._figures_at
+        return max([self._began, *self._figures_at.values()]), self._statement_at
+
+    def _lacks_figures(self) -> bool:
+        return self.is_two_phase and not self.figures.keys() >= self.reducers
+
+    def _sender_seconds(self, factor: float) -> float:
+        """How long a reducer may wait for one who has stopped; of links I know my own ones only."""
+        num_bytes = self.codec.size_bytes(self.grid.part_values)
+        link_seconds = (
+            self.service.link_seconds(member)
+            + factor * num_bytes / min(self.service.rate(member), UNMEASURED_BYTES_PER_SECOND)
+            for member in self.group.members
+        )
+        return GROUP_WAIT_SECONDS + STALL_FLOOR_SECONDS + max(link_seconds)
+
+    def blame(self, why: str) -> RoundError:
+        """When all of it takes too long: who is furthest behind must not be in the next attempt."""
+        done = self._stage()[1]
+        if self.own in self.reducers and self.own not in done:
+            sender = self.reducer.furthest_behind()
+            return RoundError(why) if sender is None else GroupFailed(sender, f"{why}, waiting for its parts")
+        late = sorted(self.reducers - done.keys() - {self.own}, key=lambda r: (len(self._hashes[r]), r))
+        return GroupFailed(late[0], f"{why}, waiting for its results") if late else RoundError(why)
+
     # as a member: send parts, take results
 
     async def _exchange_with(self, member: str) -> None:
@@ -484,11 +545,17 @@ class _Exchange:
             try:
                 await self._take_results(stream, member)
                 if sending.done():  # else it wants none of the rest, and a frame is under way
-                    await stream.send(_DONE)
+                    await self._say_done(stream, member)
             finally:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
             self.service.measured(member, self._num_bytes_with(member) / (time.monotonic() - started))
+
+    async def _say_done(self, stream: FrameStream, member: str) -> None:
+        """Everything of this reducer is here: whether it hears that, is no matter for the round."""
+        with suppress(StreamError, TimeoutError):
+            async with asyncio.timeout(self.stall_limit(member, 0)):
+                await stream.send(_DONE)
 
     def _num_bytes_with(self, member: str) -> int:
         return 2 * len(self._owned[member]) * self.codec.size_bytes(self.grid.part_values)
@@ -509,6 +576,7 @@ class _Exchange:
             next_part = parts.start
         for part in range(max(next_part, parts.start), parts.stop):
             await self._send_part(stream, part)
+        self._told_at.setdefault(member, time.monotonic())  # from now on it is its turn
 
     async def _send_part(self, stream: FrameStream, part: int) -> None:
         norm = self.outgoing.manifest.squared_norms[part]
@@ -541,6 +609,8 @@ class _Exchange:
                     patience.begin(self.stall_limit(member, num_bytes), self.part_limit(member, num_bytes))
                     kind, payload = await stream.receive(accepted, self._room_for_result(member, scratch))
                     patience.end()
+                    if time.monotonic() > self.late_at(member):
+                        raise GroupFailed(member, "is far behind the other reducers, or tells nothing new")
                     if kind == _RESULT:
                         self.take_result(member, payload)
                     elif kind == _FIGURES:
@@ -577,6 +647,7 @@ class _Exchange:
             raise GroupFailed(member, f"sent a result that is not finite, part {part}")
         self._hashes[member].append(part_hash(data))
         self._squared_norms[member] += squared
+        self._told_at[member] = time.monotonic()
 
     def result_hashes(self, member: str) -> Sequence[bytes]:
         """Of the results taken, in the order of its parts."""
@@ -598,6 +669,7 @@ class _Exchange:
         if not np.array_equal(figures, self.figures.setdefault(member, figures), equal_nan=True):
             raise GroupFailed(member, "sent other figures than before")
         self.check_figures(member)
+        self._figures_at.setdefault(member, time.monotonic())
         await self.notify()
 
     def check_figures(self, member: str) -> None:
@@ -621,6 +693,7 @@ class _Exchange:
         if self.has_late_gram and len(statement.figures) != len(self.group.members) ** 2:
             raise GroupFailed(member, "sent a statement without inner products")
         self.told.statements[member] = (statement, signed)
+        self._statement_at.setdefault(member, time.monotonic())
 
     # when everything is here
 
@@ -915,9 +988,15 @@ class _Reducer:
         heard = max(since, sender.stream.heard_at) + self._exchange.stall_limit(sender.peer_id, num_bytes)
         silent = min(heard, since + self._exchange.part_limit(sender.peer_id, num_bytes))
         took = sorted(s.finished_at - s.started_at for s in self._senders if s.finished_at is not None)
+        ends_at = min(silent, self._exchange.median_ends_at(STRAGGLER_FACTOR) + STALL_FLOOR_SECONDS)
         if not took or sender.manifest is None:
-            return silent
-        return min(silent, sender.started_at + STALL_FLOOR_SECONDS + STRAGGLER_FACTOR * took[len(took) // 2])
+            return ends_at
+        return min(ends_at, sender.started_at + STALL_FLOOR_SECONDS + STRAGGLER_FACTOR * took[len(took) // 2])
+
+    def furthest_behind(self) -> str | None:
+        """Of the senders that are waited for; None when none is."""
+        waiting = [s for s in self._senders if s.is_in and s.next_part < self._parts.stop]
+        return min(waiting, key=lambda s: (s.manifest is not None, s.next_part)).peer_id if waiting else None
 
     async def _drop(self, sender: _Sender, reason: str) -> None:
         sender.is_in, sender.reason = False, reason[:_MAX_TEXT_BYTES]

@@ -675,6 +675,133 @@ def test_a_reducer_that_is_silent(swarm: Swarm, impatient: None, monkeypatch: py
     assert time.monotonic() - began < 5.0
 
 
+async def _only_alive(_original: Any, _self: Any, stream: FrameStream, _next_result: int) -> None:
+    while True:
+        await stream.send(allreduce._ALIVE)
+        await asyncio.sleep(0.1)
+
+
+@pytest.fixture
+def very_impatient(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what one says who is alive: waiting for other senders is what an honest one does meanwhile."""
+    for name, seconds in {"STALL_FLOOR_SECONDS": 0.5, "GROUP_WAIT_SECONDS": 1.0}.items():
+        monkeypatch.setattr(allreduce, name, seconds)
+
+
+@pytest.mark.parametrize("rule", ["mean", "centered_clipping"])
+def test_a_reducer_that_only_says_that_it_is_alive(
+    swarm: Swarm, very_impatient: None, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """In two phases it keeps back its figures, too, so that nobody else can tell a result."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    on_member(monkeypatch, _Reducer, "_send_results", group.members[VICTIM], _only_alive)
+    errors = errors_of_others(swarm, group, outgoing, aggregation=rule, limit_seconds=2 * CALL_SECONDS)
+    assert_all_name(errors, group.members[VICTIM], "far behind")
+    monkeypatch.undo()
+    assert_next_round_is_exact(swarm)
+
+
+def test_a_reducer_that_answers_only_some(
+    swarm: Swarm, very_impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    deceived = group.members[2]
+
+    async def answer_others(original: Any, self: _Reducer, stream: FrameStream, next_result: int) -> None:
+        if stream.peer_id == deceived:
+            await _only_alive(original, self, stream, next_result)
+        else:
+            await original(self, stream, next_result)
+
+    on_member(monkeypatch, _Reducer, "_send_results", group.members[VICTIM], answer_others)
+    futures = swarm.start(group, outgoing, limit_seconds=2 * CALL_SECONDS)
+    assert_all_name([futures[2].exception(CALL_SECONDS)], group.members[VICTIM], "far behind")
+    results = [future.result(CALL_SECONDS) for index, future in enumerate(futures) if index != 2]
+    assert_mean_of_recorded(group, results, outgoing)
+
+
+def test_the_only_reducer_says_only_that_it_is_alive(
+    swarm: Swarm, very_impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no other one to compare it with: it has the parts, and no wait for senders is that long."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas(size=1000))
+    reducer = next(index for index, peer in enumerate(group.members) if swarm.owned(group, 1000)[peer])
+    on_member(monkeypatch, _Reducer, "_send_results", group.members[reducer], _only_alive)
+    errors = swarm.errors(group, outgoing, limit_seconds=2 * CALL_SECONDS)
+    del errors[reducer]
+    assert_all_name(errors, group.members[reducer], "tells nothing new")
+
+
+def test_at_the_limit_who_is_furthest_behind_is_named(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit that is shorter than the patience with a straggler; else the next group would be the same."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    on_member(monkeypatch, _Reducer, "_send_results", group.members[VICTIM], _only_alive)
+    errors = errors_of_others(swarm, group, outgoing, limit_seconds=3.0)
+    assert_all_name(errors, group.members[VICTIM], "took longer than 3 s, waiting for its results")
+
+
+def test_a_reducer_that_waits_for_one_sender_is_not_to_blame(
+    swarm: Swarm, very_impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sender stops at one reducer only: there, and nowhere else, it is out; and nobody fails for it."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    waiting = group.members[2]
+
+    async def stop(original: Any, self: _Exchange, stream: FrameStream, member: str, next_part: int) -> None:
+        if member != waiting:
+            await original(self, stream, member, next_part)
+            return
+        await stream.send(allreduce._MANIFEST, self.outgoing.signed)
+        await _never()
+
+    on_member(monkeypatch, _Exchange, "_send_parts", group.members[VICTIM], stop)
+    results = swarm.reduce(group, outgoing)
+    assert_mean_of_recorded(group, results, outgoing)
+    parts = swarm.owned(group)[waiting]
+    assert missing_of(results, VICTIM) == ((parts.start, parts.stop),)
+
+
+def test_a_sender_that_trickles_to_one_reducer_does_not_make_it_late(
+    swarm: Swarm, very_impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never silent for long, and nobody can get ahead of it; but other reducers were done long ago."""
+    monkeypatch.setattr(allreduce, "WINDOW_PARTS", 1)
+    monkeypatch.setattr(allreduce, "STRAGGLER_FACTOR", 2.0)
+    size = 80 * 1024
+    group, outgoing = swarm.group(), swarm.prepare(deltas(size=size))
+    waiting = group.members[2]
+    parts = swarm.owned(group, size)[waiting]
+
+    async def trickle(original: Any, self: _Exchange, stream: FrameStream, part: int) -> None:
+        if part in parts:
+            await asyncio.sleep(0.3)
+        await original(self, stream, part)
+
+    on_member(monkeypatch, _Exchange, "_send_part", group.members[VICTIM], trickle)
+    began = time.monotonic()
+    results = swarm.reduce(group, outgoing, limit_seconds=CALL_SECONDS)
+    assert_same(results)
+    (missing,) = missing_of(results, VICTIM)
+    assert parts.start < missing[0] < missing[1] == parts.stop
+    assert time.monotonic() - began < 0.3 * len(parts)
+
+
+def test_nobody_waits_for_the_last_word(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reducer that reads nothing more after its statement: what it made is here."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    send = FrameStream.send
+
+    async def send_all_but_done(self: FrameStream, kind: int, *chunks: Any) -> None:
+        await (_never() if kind == allreduce._DONE else send(self, kind, *chunks))
+
+    monkeypatch.setattr(FrameStream, "send", send_all_but_done)
+    assert_mean_of_recorded(group, swarm.reduce(group, outgoing), outgoing)
+
+
 def test_a_slow_reducer_says_that_it_is_alive(
     swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
