@@ -146,8 +146,17 @@ class FrameStream:
         return kind, payload
 
     def close(self) -> None:
+        """At once, also where the other one does not read: who sends or receives gets a StreamError.
+
+        After a `send` that has returned, the daemon has all of it, and it still arrives. What is left in the
+        buffer is of a frame that is cut off anyway, and a transport that is to flush it waits for the reader.
+        """
         with suppress(OSError, RuntimeError):
-            self._transport.close()
+            if self._transport.get_write_buffer_size() > 0:
+                self._transport.abort()
+            else:
+                self._transport.close()
+        self._protocol.end()
 
 
 _Room = Callable[[int, int], bytearray | memoryview | None]  # for a kind and a length; None: not taken
@@ -234,6 +243,10 @@ class _FrameProtocol(asyncio.BufferedProtocol):
         self._end(exc or EOFError())
         _finish(self._draining, ConnectionResetError("the stream is closed"))
 
+    def end(self) -> None:
+        """Nobody waits for the transport any more."""
+        self.connection_lost(None)
+
     def _end(self, why: Exception) -> None:
         self._is_closed = True
         if self._reading is not None and not self._reading.done():
@@ -312,7 +325,11 @@ async def open_stream(
         peer_id, reader, writer, record=network.record, frame_names=frame_names, throttle=network.throttle
     )
     stream.describe(_GREETING)
-    await stream.send(0, greeting)
+    try:
+        await stream.send(0, greeting)
+    except BaseException:  # a cancelled one as well: nobody else knows the stream
+        stream.close()
+        raise
     return stream
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from coordinator.streams import FrameStream, StreamError, open_stream, serve_str
 from tests.fakes import CALL_SECONDS, new_directory, running_networks
 
 ECHO, LONG = 1, 2
+FRAME_BYTES, NUM_FRAMES = 1 << 20, 64  # more than all buffers between two peers of one machine hold
 LIMITS = {ECHO: 1 << 20, LONG: 8}
 
 
@@ -113,3 +115,90 @@ def test_who_is_gone_or_does_not_take_such_streams(networks: list[Network]) -> N
                 open_stream(networks[1], peer_id, name, b"", timeout_seconds=5.0),
                 timeout_seconds=CALL_SECONDS,
             )
+
+
+async def _ends(task: asyncio.Task[None]) -> BaseException | None:
+    done, _ = await asyncio.wait({task}, timeout=CALL_SECONDS)
+    assert done, "it still waits for who does not read"
+    return task.exception()
+
+
+async def _send_much(stream: FrameStream) -> None:
+    for _ in range(NUM_FRAMES):
+        await stream.send(ECHO, bytes(FRAME_BYTES))
+
+
+async def _receive_one(stream: FrameStream) -> None:
+    await stream.receive(LIMITS)
+
+
+def test_to_close_ends_who_waits_for_a_reader_that_stopped(networks: list[Network]) -> None:
+    """At both ends of it: a sender whose frame nobody takes, and a receiver to whom nobody sends."""
+
+    async def fill(stream: FrameStream) -> None:
+        sending = asyncio.ensure_future(_send_much(stream))
+        receiving = asyncio.ensure_future(_receive_one(stream))
+        while stream._transport.get_write_buffer_size() == 0:  # all buffers on the way are full
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert stream._transport.get_write_buffer_size() > 0
+        stream.close()
+        ended.set_result([await _ends(sending), await _ends(receiving)])
+
+    ended: concurrent.futures.Future[list[BaseException | None]] = concurrent.futures.Future()
+    networks[0].run(serve_streams(networks[0], "fill", fill), timeout_seconds=CALL_SECONDS)
+    stream = networks[1].run(
+        open_stream(networks[1], networks[0].peer_id, "fill", b"", timeout_seconds=CALL_SECONDS),
+        timeout_seconds=CALL_SECONDS,
+    )
+    try:
+        errors = ended.result(2 * CALL_SECONDS)  # while nobody reads, and the other end is open
+    finally:
+        networks[1].run(_close(stream), timeout_seconds=CALL_SECONDS)
+    assert all(isinstance(error, StreamError) for error in errors), errors
+
+
+def test_what_was_sent_before_the_close_arrives(networks: list[Network]) -> None:
+    """All of it, also to who reads late."""
+
+    async def send_and_leave(stream: FrameStream) -> None:
+        for index in range(8):
+            await stream.send(ECHO, bytes([index]) * FRAME_BYTES)
+
+    async def read_late() -> list[bytes]:
+        name = "send-and-leave"
+        stream = await open_stream(networks[1], networks[0].peer_id, name, b"", timeout_seconds=CALL_SECONDS)
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                await asyncio.sleep(0.3)
+                return [bytes((await stream.receive(LIMITS))[1]) for _ in range(8)]
+        finally:
+            stream.close()
+
+    networks[0].run(
+        serve_streams(networks[0], "send-and-leave", send_and_leave), timeout_seconds=CALL_SECONDS
+    )
+    frames = networks[1].run(read_late(), timeout_seconds=2 * CALL_SECONDS)
+    assert [frame == bytes([index]) * FRAME_BYTES for index, frame in enumerate(frames)] == [True] * 8
+
+
+def test_a_greeting_that_cannot_be_sent_leaves_no_stream(
+    networks: list[Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[FrameStream] = []
+
+    async def fail(self: FrameStream, kind: int, *chunks: bytes) -> None:
+        opened.append(self)
+        raise StreamError("broke")
+
+    monkeypatch.setattr(FrameStream, "send", fail)
+    with pytest.raises(StreamError, match="broke"):
+        networks[1].run(
+            open_stream(networks[1], networks[0].peer_id, "echo", b"", timeout_seconds=CALL_SECONDS),
+            timeout_seconds=CALL_SECONDS,
+        )
+    assert [stream._transport.is_closing() for stream in opened] == [True]
+
+
+async def _close(stream: FrameStream) -> None:
+    stream.close()
