@@ -73,6 +73,7 @@ from peer.reduction import (
     plan_of,
     reduce_values,
     residual_hashes,
+    squared_bound,
 )
 
 logger = logging.getLogger(__name__)
@@ -350,6 +351,7 @@ class _Exchange:
         self._squared_norms = dict.fromkeys(self._owned, 0.0)  # of results taken
         self._streams: set[FrameStream] = set()
         self.traffic = Traffic()
+        self._plans: dict[tuple[float | None, ...], tuple[float, ...]] = {}  # weights by norms
         self._began = time.monotonic()
         self._figures_at: dict[str, float] = {}  # by reducer: when it told them
         self._statement_at: dict[str, float] = {}  # by reducer: when it was done
@@ -701,7 +703,7 @@ class _Exchange:
         for member, (statement, _) in self.told.statements.items():
             self._check_manifests(member, statement)
             self._check_figures(member, statement)
-            self._check_norm(member)
+            self._check_norm(member, statement)
 
     def _check_manifests(self, member: str, statement: Statement) -> None:
         """Two reducers that hold different manifests of one sender were lied to, or one of them lies."""
@@ -752,15 +754,53 @@ class _Exchange:
             b"".join(figures_hash(figures_to_json(f)) for _, f in sorted(self.figures.items()))
         )
 
-    def _check_norm(self, member: str) -> None:
+    def _check_norm(self, member: str, statement: Statement) -> None:
         """The norm cap: what a lying reducer can do is bounded by what honest senders sent."""
-        parts = self._owned[member]
-        manifests = self.reducer.manifests()
-        if len(manifests) < len(self.group.members) or len(parts) == 0:
-            return
-        bound = math.fsum(m.squared_norms[part] for m in manifests for part in parts)
-        if self._squared_norms[member] > NORM_CAP**2 * bound + 1e-12:
+        weights = self._planned_weights(statement)
+        bounds = [
+            squared_bound(
+                self.rules.aggregation,
+                squared_norms,
+                [
+                    weight if report.num_parts > index else 0.0
+                    for weight, report in zip(weights, statement.senders, strict=True)
+                ],
+            )
+            for index, squared_norms in enumerate(self._squared_norms_by_part(self._owned[member]))
+        ]
+        if self._squared_norms[member] > NORM_CAP**2 * math.fsum(bounds) + 1e-12:
             raise GroupFailed(member, "its results are larger than what they were made of")
+
+    def _planned_weights(self, statement: Statement) -> Sequence[float]:
+        """What the rule makes of the norms, whatever weights the reducer claims; an audit compares them."""
+        norms = tuple(report.norm if report.is_planned else None for report in statement.senders)
+        if norms not in self._plans:  # mostly all reducers have the same
+            declared = [contribution.weight for contribution in self.group.contributions]
+            figures = [figures for _, figures in sorted(self.figures.items())]
+            try:
+                plan = plan_of(self.rules.aggregation, self.rules.screening, declared, norms, figures)
+                self._plans[norms] = plan.weights
+            except ValueError:
+                self._plans[norms] = (0.0,) * len(norms)
+        return self._plans[norms]
+
+    def _squared_norms_by_part(self, parts: range) -> Iterator[list[float]]:
+        """Of each member, in the order of the group.
+
+        Who keeps its manifest from me counts as the longest that I know, or as long as any reducer says: to
+        take it for shorter would blame honest reducers, and to leave it out would free a lying one.
+        """
+        manifests = [self.reducer.manifest_of(contribution.peer) for contribution in self.group.contributions]
+        told = [
+            max(statement.senders[index].norm for statement, _ in self.told.statements.values())
+            for index in range(len(manifests))
+        ]
+        for part in parts:
+            longest = max(m.squared_norms[part] for m in manifests if m is not None)
+            yield [
+                m.squared_norms[part] if m is not None else max(longest, norm * norm / len(parts))
+                for m, norm in zip(manifests, told, strict=True)
+            ]
 
     def _reduced(self) -> Reduced:
         statements = {member: statement for member, (statement, _) in self.told.statements.items()}
@@ -912,9 +952,6 @@ class _Reducer:
     def manifest_of(self, peer_id: str) -> Manifest | None:
         return next(s.manifest for s in self._senders if s.peer_id == peer_id)
 
-    def manifests(self) -> list[Manifest]:
-        return [sender.manifest for sender in self._senders if sender.manifest is not None]
-
     def squared_norms(self, parts: range) -> list[float | None]:
         """Of these parts, of each member, in the order of the group; None where no manifest is here."""
         return [self.squared_norm(index, parts) for index in range(len(self._senders))]
@@ -1051,7 +1088,7 @@ class _Reducer:
                 [plan.weights[i] for i in present],
                 self._grid.size(part),
             )
-            data, residual = encode_result(self._codec, result, self._feedback(part, result))
+            data, residual = encode_result(self._codec, result, self._feedback(part, result, present))
         except ValueError as error:
             raise RoundError(f"part {part} cannot be averaged: {error}") from error
         del self._inbox[part]
@@ -1064,7 +1101,7 @@ class _Reducer:
         if self._late_gram is not None:
             self._late_gram[np.ix_(present, present)] += gram_matrix(values)
 
-    def _feedback(self, part: int, result: torch.Tensor) -> torch.Tensor | None:
+    def _feedback(self, part: int, result: torch.Tensor, present: Sequence[int]) -> torch.Tensor | None:
         """What earlier results of this part left; nothing where the norm cap would make a liar of me.
 
         It would when deltas have become far shorter than those that left it.
@@ -1072,8 +1109,9 @@ class _Reducer:
         residual = self._residuals.get(part)
         if residual is None:
             return None
-        squared_norms = [manifest.squared_norms[part] for manifest in self.manifests()]
-        if is_usable(residual, result, squared_norms):
+        squared_norms = [0.0 if s.manifest is None else s.manifest.squared_norms[part] for s in self._senders]
+        weights = [weight if i in present else 0.0 for i, weight in enumerate(self._plan.weights)]
+        if is_usable(residual, result, squared_bound(self._rules.aggregation, squared_norms, weights)):
             return residual
         del self._residuals[part]
         return None

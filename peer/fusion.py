@@ -19,7 +19,15 @@ from peer.aggregate import Plan, needs_gram
 from peer.compression import Codec
 from peer.manifest import Outgoing
 from peer.parts import PartGrid
-from peer.reduction import decoded, encode_result, gram_matrix, is_usable, plan_of, reduce_values
+from peer.reduction import (
+    decoded,
+    encode_result,
+    gram_matrix,
+    is_usable,
+    plan_of,
+    reduce_values,
+    squared_bound,
+)
 
 _NO_RESIDUALS: Mapping[int, torch.Tensor] = {}
 
@@ -80,7 +88,8 @@ def fuse(
         )
         feedback = residuals.get(part)
         squared_norms = [member.outgoing.manifest.squared_norms[part] for member in members]
-        if feedback is not None and not is_usable(feedback, values, squared_norms):
+        bound = squared_bound(aggregation, squared_norms, plan.weights)
+        if feedback is not None and not is_usable(feedback, values, bound):
             feedback = None
         data, residual = encode_result(codec, values, feedback)
         results.append(data)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from peer.aggregate import Plan, combine, make_plan, needs_gram
+from peer.aggregate import TRIMMED_FRACTION, Plan, combine, make_plan, needs_gram
 from peer.compression import Codec
 from peer.manifest import Manifest, join_hashes, norms_agree, part_hash, squared_norm
 from peer.parts import PartGrid
@@ -151,14 +151,52 @@ def reduce_values(
     return combine(aggregation, values, weights)
 
 
-def is_usable(residual: torch.Tensor, result: torch.Tensor, squared_norms: Sequence[float]) -> bool:
+def squared_bound(rule: str, squared_norms: Sequence[float], weights: Sequence[float]) -> float:
+    """A square that the squared norm of one part's result is never above, whoever of the others lies.
+
+    squared_norms: of that part, of every member of the group. weights: of the plan, 0 for who did not give
+    the part. With m rows x_i that count, and r what `peer.aggregate.combine` makes of them:
+
+    - **mean, disjoint_mean.** In each coordinate |r| is at most the largest |x_i|, so r^2 <= sum(x_i^2): the
+      sum of all squared norms. Who declares a long vector of its own raises this; that is in the record.
+    - **median.** Take any h = floor(m / 2) + 1 of the rows. If r > 0 in a coordinate, let u be its upper
+      middle value (of an odd m the middle one), so u >= r. At least m - floor(m / 2) values are >= u, m - h
+      rows are outside, and m - floor(m / 2) > m - h: one of the h rows has x >= u >= r, and r^2 <= the sum of
+      their squares. For r < 0 turn the signs round. So the sum of the h smallest squared norms is a bound.
+    - **trimmed_mean.** b = floor(m / 4) are cut at each end. Take any m - b rows. If r > 0, then r is at most
+      the largest value that is kept; b + 1 values are >= that, b rows are outside, so one of these rows is
+      among them. Turned round for r < 0. So the sum of the m - b smallest is a bound.
+    - **clipped_mean, centered_clipping.** r = sum(a_i x_i) = sum(m a_i x_i) / m, and a square is convex:
+      |r|^2 <= sum(m^2 a_i^2 |x_i|^2) / m. Used is m times that, which for equal weights without clipping is
+      the bound of the mean: error feedback needs that room (`FEEDBACK_CAP`).
+
+    A reducer can claim that others stopped. Of the rules against liars, half of the group or fewer, two of a
+    larger group, and too few to cut any of prove nothing; then the floor(n / 2) + 1 smallest of all n members
+    stand in. That is no bound for an honest reducer, but those whose parts it has must be several times as
+    long as most members for it to be blamed.
+    """
+    if rule in ("mean", "disjoint_mean"):
+        return math.fsum(squared_norms)
+    size = len(squared_norms)
+    rows = [(square, weight) for square, weight in zip(squared_norms, weights, strict=True) if weight != 0]
+    num_cut = int(TRIMMED_FRACTION * len(rows))
+    has_lost_its_cut = rule == "trimmed_mean" and num_cut == 0 < int(TRIMMED_FRACTION * size)
+    if has_lost_its_cut or len(rows) < max(size // 2 + 1, min(size, 3)):
+        return math.fsum(sorted(squared_norms)[: size // 2 + 1])
+    if rule in ("clipped_mean", "centered_clipping"):
+        return math.fsum((len(rows) * weight) ** 2 * square for square, weight in rows)
+    num_kept = len(rows) // 2 + 1 if rule == "median" else len(rows) - num_cut
+    return math.fsum(sorted(square for square, _ in rows)[:num_kept])
+
+
+def is_usable(residual: torch.Tensor, result: torch.Tensor, bound: float) -> bool:
     """Whether a reducer's feedback (size,) may be added to a part's result (size,).
 
-    squared_norms: of that part in the contributions. Feedback would make a liar of the reducer, by the cap on
-    the norms of results, when deltas have become far shorter than those that left it; then it is dropped.
+    bound: the `squared_bound` of the part. Feedback would make a liar of the reducer, by the cap on the norms
+    of results, when deltas have become far shorter than those that left it; then it is dropped.
     """
     with_it = torch.from_numpy(np.add(result.numpy(), residual.numpy()))
-    return squared_norm(with_it) <= FEEDBACK_CAP**2 * math.fsum(squared_norms)
+    return squared_norm(with_it) <= FEEDBACK_CAP**2 * bound
 
 
 def encode_result(

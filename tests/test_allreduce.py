@@ -955,6 +955,58 @@ def test_results_that_are_larger_than_what_they_were_made_of(
     assert_all_name(errors_of_others(swarm, group, outgoing), group.members[VICTIM], "larger than")
 
 
+def _a_thousand(original: Any, self: _Reducer, part: int) -> memoryview:
+    original(self, part)
+    return memoryview(np.full(GRID.size(part), 1000.0, "<f4").tobytes())
+
+
+def test_who_keeps_its_manifest_back_is_held_to_the_norm_cap(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as the longest that is known: without all manifests nothing was checked once."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    on_member(monkeypatch, _Exchange, "_send_parts", group.members[VICTIM], _never)
+    on_member(monkeypatch, _Reducer, "_reduce_part", group.members[VICTIM], _a_thousand)
+    assert_all_name(errors_of_others(swarm, group, outgoing), group.members[VICTIM], "larger than")
+
+
+def test_who_keeps_a_long_manifest_from_some_makes_no_reducer_a_liar(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One member gets the parts of a delta 200 times as long as the others, of which two never hear."""
+    group, values = swarm.group(), deltas()
+    values[VICTIM] = values[VICTIM] * 200.0
+    outgoing = swarm.prepare(values)
+
+    async def send(original: Any, self: _Exchange, stream: FrameStream, member: str, next_part: int) -> None:
+        await (original(self, stream, member, next_part) if member == group.members[2] else _never())
+
+    on_member(monkeypatch, _Exchange, "_send_parts", group.members[VICTIM], send)
+    results = swarm.reduce(group, outgoing)
+    assert_same(results)
+    assert float(results[0].flat.norm()) > 10 * float(outgoing[0].manifest.norm)
+    parts = swarm.owned(group)
+    kept_from = (group.members[0], group.members[3])
+    assert missing_of(results, VICTIM) == _joined([(parts[m].start, parts[m].stop) for m in kept_from])
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "clipped_mean", "centered_clipping"])
+def test_a_length_declared_for_the_own_slice_frees_no_liar(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """Where nobody can check it. The rules that bound a liar's contribution bound its results, too."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    parts = swarm.owned(group)[group.members[VICTIM]]
+    lie = dict.fromkeys(parts, 1e12)
+    outgoing[VICTIM] = forged(outgoing[VICTIM], swarm.identities[VICTIM], squared_norms=lie)
+
+    tell_it = _changed_figures(_set(VICTIM, VICTIM, 1e12 * len(parts)))
+    on_member(monkeypatch, _Reducer, "_tell_figures", group.members[VICTIM], tell_it)
+    on_member(monkeypatch, _Reducer, "_reduce_part", group.members[VICTIM], _a_thousand)
+    errors = errors_of_others(swarm, group, outgoing, aggregation=rule)
+    assert_all_name(errors, group.members[VICTIM], "larger than")
+
+
 @pytest.mark.parametrize("codec", ["int8", "topk"])
 def test_feedback_of_much_larger_deltas_makes_nobody_a_liar(swarm: Swarm, codec: str) -> None:
     """Left from earlier rounds, a thousand times as long as what is sent now: it is dropped, not added."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from peer.reduction import (
     encode_result,
     figures_problem,
     gram_matrix,
+    is_usable,
     plan_of,
     reduce_values,
     residual_hash,
     residual_hashes,
+    squared_bound,
 )
 from tests.exchanges import forged
 from tests.fakes import hash_of, identity
@@ -230,3 +234,93 @@ def test_residual_hashes() -> None:
     assert residual_hash(one) == part_hash(np.array([1.0], "<f4").tobytes())
     assert residual_hashes({}, range(3)) == residual_hashes({7: one}, range(3)) == ""
     assert len(residual_hashes({1: one}, range(3))) == 128  # 3 hashes of 32 bytes, as base64
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights", "bound"),
+    [
+        ("mean", [1.0] * 5, 31.0),
+        ("disjoint_mean", [1.0] * 5, 31.0),
+        ("mean", [1.0, 0.0, 0.0, 0.0, 0.0], 31.0),
+        ("median", [1.0] * 5, 7.0),  # the three smallest of five
+        ("median", [1.0, 0.0, 1.0, 1.0, 1.0], 13.0),  # of four as well
+        ("trimmed_mean", [1.0] * 5, 15.0),  # one is cut at each end
+        ("clipped_mean", [0.2, 0.2, 0.2, 0.2, 0.02], 15.16),  # the longest has a tenth of its length
+        ("median", [0.0, 0.0, 0.0, 1.0, 1.0], 7.0),  # two of five prove nothing: the three smallest of all
+        ("clipped_mean", [0.0, 0.0, 0.0, 0.0, 1.0], 7.0),
+        ("centered_clipping", [0.0] * 5, 7.0),
+    ],
+)
+def test_a_bound_by_hand(rule: str, weights: list[float], bound: float) -> None:
+    assert squared_bound(rule, [1.0, 2.0, 4.0, 8.0, 16.0], weights) == pytest.approx(bound)
+
+
+def _rows(num_rows: int) -> Iterator[np.ndarray]:
+    """(num_rows, 6) each: random ones; ones of many lengths; and those that get nearest to the bounds."""
+    generator = np.random.default_rng(num_rows)
+    for _ in range(40):
+        rows = generator.normal(size=(num_rows, 6))
+        yield rows
+        yield rows * 10.0 ** generator.integers(-3, 7, size=(num_rows, 1))
+        yield np.where(generator.random((num_rows, 6)) < 0.5, 0.0, rows)
+        yield np.abs(rows) * 10.0 ** generator.integers(-3, 4, size=(num_rows, 6))
+    for num_long in range(num_rows):  # some huge and alike, the others short, of one sign or of both
+        for short in (0.0, 1.0, -1.0):
+            rows = np.full((num_rows, 6), short)
+            rows[:num_long] = 1e6
+            yield rows
+            for first in range(6):  # each coordinate is carried by others of the short ones
+                rows = rows.copy()
+                rows[num_long:, first] = np.roll(np.arange(num_rows - num_long) == 0, first)
+            yield rows
+
+
+@pytest.mark.parametrize("rule", ["mean", "disjoint_mean", "median", "trimmed_mean"])
+@pytest.mark.parametrize("num_rows", range(1, 10))
+def test_no_result_is_beyond_its_bound(rule: str, num_rows: int) -> None:
+    """Nor is it beyond the sum of any so many rows: the smallest are the worst choice."""
+    weights = [1.0] * num_rows
+    for rows in _rows(num_rows):
+        values = torch.from_numpy(rows.astype(np.float32))
+        squares = (values.double() ** 2).sum(dim=1).tolist()
+        result = reduce_values(rule, list(values), weights, 6)
+        assert float((result.double() ** 2).sum()) <= squared_bound(rule, squares, weights) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("num_rows", range(2, 9))
+@pytest.mark.parametrize("rule", ["clipped_mean", "centered_clipping"])
+def test_no_clipped_result_is_beyond_its_bound(rule: str, num_rows: int) -> None:
+    declared = [0.5 + index for index in range(num_rows)]
+    for rows in itertools.islice(_rows(num_rows), 60):
+        values = torch.from_numpy(rows.astype(np.float32))
+        squares = (values.double() ** 2).sum(dim=1).tolist()
+        gram = gram_matrix(list(values))
+        plan = plan_of(rule, "none", declared, [math.sqrt(square) for square in squares], [gram])
+        present = [index for index, weight in enumerate(plan.weights) if weight != 0]
+        result = reduce_values(rule, [values[i] for i in present], [plan.weights[i] for i in present], 6)
+        assert float((result.double() ** 2).sum()) <= squared_bound(rule, squares, plan.weights) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_members"),
+    [
+        *itertools.product(("median", "clipped_mean"), (3, 4, 5, 8)),
+        *itertools.product(("trimmed_mean",), (4, 5, 8, 9)),  # of three none is cut
+    ],
+)
+def test_a_length_that_one_member_declares_does_not_raise_the_bound(rule: str, num_members: int) -> None:
+    """Also where it says that others stopped; of two members each has half, so there it does."""
+    norms = [1.0] * (num_members - 1) + [1e9]
+    for num_present in range(1, num_members + 1):
+        planned = [norm if i >= num_members - num_present else None for i, norm in enumerate(norms)]
+        plan = plan_of(rule, "none", [1.0] * num_members, planned, [])
+        assert squared_bound(rule, [norm**2 for norm in norms], plan.weights) <= num_members
+
+
+def test_feedback_is_usable_up_to_the_bound() -> None:
+    result, residual = torch.tensor([1.0, 0.0]), torch.tensor([1.1, 0.0])
+    assert is_usable(residual, result, 1.0)
+    assert not is_usable(residual, result, 0.9)
