@@ -156,7 +156,8 @@ class AllReduceService:
         self._changed = asyncio.Event()  # set, and replaced, whenever a group begins
         self._rates: dict[str, float] = {}  # bytes per second to and from each peer, of the last exchange
         self._openings: dict[str, float] = {}  # seconds that opening a stream to each peer took last
-        self._last: _Told | None = None  # in the attempt before, complete or not
+        self._last: _Told | None = None  # in the last attempt, complete or not
+        self._before_last: _Told | None = None
 
     async def start(self) -> None:
         self.network.on_call("statements", self._on_statements)
@@ -172,12 +173,11 @@ class AllReduceService:
         """
         for earlier in list(self._exchanges.values()):
             earlier.close()  # the group has moved on
-        if self._last is not None and self._last.group.round == group.round:
-            await self.compare_statements(group.members)
         if needs_gram(rules.aggregation, rules.screening) and len(group.members) > MAX_GRAM_MEMBERS:
             raise RoundError(f"this rule is for groups of up to {MAX_GRAM_MEMBERS}")
-        exchange = _Exchange(self, group, outgoing, rules, residuals)
-        self._last = exchange.told
+        comparing = asyncio.ensure_future(self._compare_attempts(self._last, group))
+        exchange = _Exchange(self, group, outgoing, rules, residuals, comparing)
+        self._last, self._before_last = exchange.told, self._last
         self._exchanges[group.group_id] = exchange
         self._changed.set()  # wakes who waits for this group now,
         self._changed = asyncio.Event()  # and the next ones wait for the next
@@ -212,10 +212,17 @@ class AllReduceService:
 
         Raises ToldTwoThings when one did.
         """
-        last = self._last
-        if last is not None:
-            others = [member for member in members if member != self.identity.peer_id]
-            await asyncio.gather(*(self._compare_in_time(last, member) for member in others))
+        if self._last is not None:
+            await self._compare(self._last, members)
+
+    async def _compare_attempts(self, last: _Told | None, group: Group) -> None:
+        """Was the attempt before this one, of the same round, spoilt by one who told two things?"""
+        if last is not None and last.group.round == group.round:
+            await self._compare(last, group.members)
+
+    async def _compare(self, last: _Told, members: Sequence[str]) -> None:
+        others = [member for member in members if member != self.identity.peer_id]
+        await asyncio.gather(*(self._compare_in_time(last, member) for member in others))
 
     async def _compare_in_time(self, last: _Told, member: str) -> None:
         """All questions to one member together: one who answers slowly must not hold up the round."""
@@ -245,8 +252,10 @@ class AllReduceService:
         return STALL_FLOOR_SECONDS + self.link_seconds(member)
 
     async def _on_statements(self, _peer_id: str, body: Any) -> bytes:
-        last = self._last
-        if not isinstance(body, dict) or last is None or body.get("group") != last.group.group_id.hex():
+        group = body.get("group") if isinstance(body, dict) else None
+        recent = (self._last, self._before_last)  # who asks may have begun the next attempt later than I
+        last = next((t for t in recent if t is not None and t.group.group_id.hex() == group), None)
+        if last is None:
             raise RecordError("not of the last group here")
         reducer = body.get("reducer")
         if reducer is None:
@@ -331,7 +340,10 @@ class _Exchange:
         outgoing: Outgoing,
         rules: Rules,
         residuals: Mapping[int, torch.Tensor],
+        comparing: asyncio.Future[None],
     ) -> None:
+        """`comparing`: who lied in the attempt before; until that is known, nobody gets a result of mine."""
+        self.comparing = comparing
         self.service, self.group, self.outgoing, self.rules = service, group, outgoing, rules
         self.grid, self.codec = outgoing.grid, outgoing.codec
         self._part_hashes = outgoing.manifest.part_hashes()
@@ -365,17 +377,19 @@ class _Exchange:
         others = sorted(self.reducers - {self.own})
         exchanging = [asyncio.ensure_future(self._exchange_with(member)) for member in others]
         reducing = asyncio.shield(self._reducing)  # which goes on for the others when this fails
+        comparing = asyncio.shield(self.comparing)  # which that waits for
         try:
-            for done in asyncio.as_completed([*exchanging, reducing]):
+            for done in asyncio.as_completed([*exchanging, reducing, comparing]):
                 await done
         except asyncio.CancelledError as error:
-            if _is_being_cancelled() or not self._reducing.cancelled():
+            is_closed = self._reducing.cancelled() or self.comparing.cancelled()
+            if _is_being_cancelled() or not is_closed:
                 raise
             raise RoundError("another attempt has begun meanwhile") from error
         finally:
-            for task in (*exchanging, reducing):
+            for task in (*exchanging, reducing, comparing):
                 task.cancel()
-            await asyncio.gather(*exchanging, reducing, return_exceptions=True)
+            await asyncio.gather(*exchanging, reducing, comparing, return_exceptions=True)
             if self.is_two_phase and not self.figures.keys() >= self.reducers:
                 self._reducing.cancel()  # the rest of the figures will never come
         self._check_results()
@@ -409,6 +423,7 @@ class _Exchange:
 
     def close(self) -> None:
         self._reducing.cancel()
+        self.comparing.cancel()
         self.reducer.is_closed = True
         for stream in list(self._streams):
             stream.close()
@@ -979,6 +994,7 @@ class _Reducer:
         if len(self._parts) == 0:
             return
         await self._collected(lambda sender: sender.manifest is not None)
+        await asyncio.shield(self._exchange.comparing)
         if self._exchange.is_two_phase:
             await self._collected(lambda sender: sender.next_part >= self._parts.stop)
             await self._tell_figures()

@@ -19,7 +19,7 @@ import torch
 
 from coordinator.agreement import Group, GroupFailed
 from coordinator.errors import RoundError
-from coordinator.records import open_signed, sign
+from coordinator.records import open_signed, parse_json, sign
 from coordinator.streams import FrameStream, StreamError, open_stream
 from peer import allreduce
 from peer.aggregate import needs_gram
@@ -1306,6 +1306,54 @@ def test_a_failed_attempt_is_followed_by_another(swarm: Swarm, monkeypatch: pyte
     monkeypatch.undo()
     group = swarm.group(round=1)
     assert_mean_of_recorded(group, swarm.reduce(group, outgoing), outgoing)
+
+
+def test_who_compares_statements_slowly_is_in_the_attempt_all_the_same(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One member answers another too late, for longer than others wait for it to begin."""
+    monkeypatch.setattr(allreduce, "GROUP_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(AllReduceService, "_answer_seconds", lambda self, member: 2.5)
+    victim, asked, told = swarm.peer_ids[VICTIM], threading.Event(), []
+    outgoing = swarm.prepare(deltas())
+    swarm.reduce(swarm.group(round=1), outgoing)
+    service = swarm.services[2]
+
+    async def answer_late(peer_id: str, body: Any) -> bytes:
+        if peer_id == victim:
+            asked.set()
+            await _never()
+        return await service._on_statements(peer_id, body)
+
+    async def remember(original: Any, self: _Reducer, stream: FrameStream, index: int) -> None:
+        told.append(self._exchange.comparing.done())
+        await original(self, stream, index)
+
+    on_member(monkeypatch, _Reducer, "_send_result", victim, remember)
+    swarm.networks[2].on_call("statements", answer_late)
+    try:
+        group = swarm.group(round=1)
+        assert_mean_of_recorded(group, swarm.reduce(group, outgoing), outgoing)
+    finally:
+        swarm.networks[2].on_call("statements", service._on_statements)
+    assert asked.is_set()
+    assert len(told) > 0
+    assert all(told)  # none of its results has left before
+
+
+def test_who_begins_late_still_learns_what_others_were_told(swarm: Swarm) -> None:
+    """They have begun the next attempt already, and remember the one before."""
+    outgoing = swarm.prepare(deltas())
+    first, second = swarm.group(round=1), swarm.group(round=1)
+    told = swarm.reduce(first, outgoing)[0].statements
+    swarm.reduce(second, outgoing)
+
+    async def ask(group: Group) -> set[str]:
+        body = {"run": RUN, "group": group.group_id.hex()}
+        return set(parse_json(await swarm.services[0]._ask_statements(swarm.peer_ids[1], body)))
+
+    for group in (first, second):
+        assert swarm.networks[0].run(ask(group), timeout_seconds=CALL_SECONDS) == set(told)
 
 
 # Who asks without being asked, and limits.
