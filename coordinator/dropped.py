@@ -41,7 +41,7 @@ def find_dropped(
         if commit.kind == "rollback":
             yield from _sitting_out(commit, chain.left_out_rounds, told)
             continue
-        yield from _said_by(commit)
+        yield from dropped_in(commit)
         before = Chain(chain.spec, recent[:index])
         for peer in _missing(commit, before):
             why = _why_absent(commit, before, heard.get(peer), back_in.get(peer), now)
@@ -58,12 +58,13 @@ def _sitting_out(commit: Commit, num_left: Mapping[str, int], told: set[str]) ->
         yield Drop(commit.round, exclusion.peer, "sits out", f"{how_long}: {exclusion.reason}", num)
 
 
-def _said_by(commit: Commit) -> Iterator[Drop]:
+def dropped_in(commit: Commit) -> Iterator[Drop]:
+    """Whose contribution a fusion lacks, in whole or in part, as its commit says."""
     for exclusion in commit.excluded:
         yield Drop(commit.round, exclusion.peer, "excluded", exclusion.reason)
     for c in commit.contributors:
         if c.factor == 0.0:
-            why = "the spec's rule gave its contribution no weight"
+            why = c.reason or "the spec's rule gave its contribution no weight"
             yield Drop(commit.round, c.peer, "screened out", why)
         elif c.missing:
             num_parts = sum(stop - first for first, stop in c.missing)

@@ -276,6 +276,8 @@ class AllReduceService:
     async def _on_stream(self, stream: FrameStream) -> None:
         hello = stream.greeting
         group_id, next_result = hello[:_GROUP_ID_BYTES], int.from_bytes(hello[_GROUP_ID_BYTES:], "big")
+        for running in [e for known, e in self._exchanges.items() if known != group_id]:
+            running.came_elsewhere(stream.peer_id)
         exchange = await self._exchange_of(group_id)
         if exchange is None or not exchange.is_served(stream.peer_id):
             why = "no such group here" if exchange is None else "you are not in this group"
@@ -430,6 +432,10 @@ class _Exchange:
 
     def is_served(self, peer_id: str) -> bool:
         return peer_id in self._owned and peer_id != self.own
+
+    def came_elsewhere(self, peer_id: str) -> None:
+        if self.is_served(peer_id):
+            self.reducer.refused(peer_id, "it came with another group")
 
     async def serve(self, stream: FrameStream, next_result: int) -> None:
         """As a reducer: one sender's stream, up to its end."""
@@ -937,6 +943,7 @@ class _Sender:
     hashes: Sequence[bytes] = ()
     is_in: bool = True  # False: what it sends from now on does not count
     reason: str = ""  # why not, where it sent something wrong
+    refusal: str = ""  # why a stream of it was not taken; no reason to wait less, but one to tell
     changed_at: float = field(default_factory=time.monotonic)  # last instant at which something came
     started_at: float = 0.0  # when its manifest came
     finished_at: float | None = None
@@ -1018,7 +1025,7 @@ class _Reducer:
             now = time.monotonic()
             for sender in waiting:
                 if now >= self._deadline(sender, waiting_since, num_bytes):
-                    await self._drop(sender, "")
+                    await self._drop(sender, sender.refusal if sender.manifest is None else "")
             ends_at = min(
                 (self._deadline(s, waiting_since, num_bytes) for s in waiting if s.is_in), default=now
             )
@@ -1170,8 +1177,12 @@ class _Reducer:
 
     # one sender's stream
 
+    def refused(self, peer_id: str, why: str) -> None:
+        next(s for s in self._senders if s.peer_id == peer_id).refusal = why
+
     async def serve(self, stream: FrameStream, next_result: int) -> None:
         if next_result > len(self._results):
+            self.refused(stream.peer_id, "it asked for results that there are not")
             await stream.send(_REFUSED, b"there are not so many results")
             return
         sender = next(s for s in self._senders if s.peer_id == stream.peer_id)

@@ -62,7 +62,10 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.dropped import dropped_in
 from coordinator.errors import UsageError
+from coordinator.overview import short_id
+from coordinator.records import Commit
 
 logger = logging.getLogger(__name__)
 
@@ -348,6 +351,14 @@ def setup_logging(level: str, file: Path | None) -> None:
         root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+
+
+def log_dropped(commit: Commit) -> None:
+    """Whose contribution a committed round lacks, in whole or in part, and why."""
+    for drop in dropped_in(commit):
+        logger.warning(
+            "round %d: %s is %s: %s", drop.round, short_id(drop.peer), drop.what, clean(drop.reason)
+        )
 
 
 def clean(value: object, max_length: int = 200) -> str:

@@ -42,7 +42,7 @@ from peer.compression import CODECS
 from peer.config import PeerConfig
 from peer.contradiction import Contradiction
 from peer.data import TaskData
-from peer.display import Accuracy, ProgressBar, Reporter
+from peer.display import Accuracy, ProgressBar, Reporter, log_dropped
 from peer.evaluate import Probe
 from peer.feedback import ErrorFeedback, cut_to_usual_norm
 from peer.finetune import Budget
@@ -724,6 +724,7 @@ class Session:
         self._count_as_sent(delta, pending)
         self._set_state(pending.state)
         self._begin_judging(pending)
+        log_dropped(self._agreement.chain.commits[-1].commit)
         self._in_network(self._agreement.set_phase("evaluating", entered_at=Network.now()))
         with log.timed("save"):
             self._save_checkpoint_if_entered()

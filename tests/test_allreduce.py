@@ -1359,10 +1359,10 @@ def test_who_begins_late_still_learns_what_others_were_told(swarm: Swarm) -> Non
 # Who asks without being asked, and limits.
 
 
-async def _ask(swarm: Swarm, asking: int, hello: bytes) -> tuple[int, bytes]:
+async def _ask(swarm: Swarm, asking: int, hello: bytes, asked: int = 0) -> tuple[int, bytes]:
     service = swarm.services[asking]
     stream = await open_stream(
-        service.network, swarm.peer_ids[0], service.name, hello, timeout_seconds=CALL_SECONDS
+        service.network, swarm.peer_ids[asked], service.name, hello, timeout_seconds=CALL_SECONDS
     )
     try:
         async with asyncio.timeout(CALL_SECONDS):
@@ -1396,6 +1396,27 @@ def test_strangers_are_refused(
     assert_same(results)
     expected = decoded_rows(outgoing).mean(axis=0)
     np.testing.assert_allclose(results[0].flat.numpy(), expected, rtol=0, atol=1e-7)
+
+
+def test_a_member_that_comes_with_another_group_is_named_with_that(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its streams are refused, so it is in its own slice alone."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+
+    async def converse(original: Any, self: _Exchange, member: str) -> None:
+        await _ask(swarm, VICTIM, bytes(32) + allreduce._U32.pack(0), swarm.peer_ids.index(member))
+        await _never()
+
+    on_member(monkeypatch, _Exchange, "_converse", group.members[VICTIM], converse)
+    futures = swarm.start(group, outgoing)
+    results = [future.result(CALL_SECONDS) for index, future in enumerate(futures) if index != VICTIM]
+    futures[VICTIM].cancel()
+    assert_mean_of_recorded(group, results, outgoing)
+    reason = results[0].contributions[VICTIM].reason
+    assert [f"it came with another group (says {peer[-8:]})" in reason for peer in sorted(group.members)] == [
+        peer != group.members[VICTIM] for peer in sorted(group.members)
+    ]
 
 
 def test_who_claims_results_that_there_are_not_is_refused(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from coordinator.chain import Chain
 from coordinator.errors import UsageError
 from peer.display import (
     Accuracy,
@@ -23,8 +24,10 @@ from peer.display import (
     format_score,
     format_seconds,
     format_size,
+    log_dropped,
     setup_logging,
 )
+from tests.fakes import extend, make_spec, peer
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWA"
 DIGEST = "ab" * 32
@@ -492,3 +495,14 @@ def test_a_wrong_level_or_file_is_told(root_logger: logging.Logger, tmp_path: Pa
         setup_logging("loud", None)
     with pytest.raises(UsageError, match=r"--log-file .* cannot be written: Is a directory"):
         setup_logging("info", tmp_path)
+
+
+def test_whose_contribution_a_round_lacks_is_logged_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    commit = extend(Chain(make_spec()), "abc").commits[0].commit
+    absent = commit.contributors[0].model_copy(update={"factor": 0.0, "reason": "another\x1b[2J group"})
+    partly = commit.contributors[1].model_copy(update={"missing": ((0, 2), (5, 6))})
+    log_dropped(commit.model_copy(update={"contributors": [absent, partly, commit.contributors[2]]}))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"round 1: {peer('a')[-8:]} is screened out: another?[2J group",
+        f"round 1: {peer('b')[-8:]} is in part: 3 parts missing: it stopped sending",
+    ]

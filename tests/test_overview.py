@@ -12,6 +12,7 @@ from rich.console import Console
 
 from coordinator.about import AboutPeer, Scores
 from coordinator.chain import Chain
+from coordinator.dropped import dropped_in
 from coordinator.overview import (
     MAX_DROPPED_SHOWN,
     MAX_PEERS_SHOWN,
@@ -239,6 +240,10 @@ def test_what_a_rule_left_out_and_what_came_in_part_are_told_apart() -> None:
         (peer("b"), "in part"),
     ]
     assert dropped[1]["reason"] == "3 parts missing: it stopped sending"
+    assert dropped[0]["reason"] == "the spec's rule gave its contribution no weight"
+    told = screened.model_copy(update={"reason": "it came with another group"})
+    commit = commit.model_copy(update={"contributors": [told, *commit.contributors[1:]]})
+    assert [drop.reason for drop in dropped_in(commit)] == [told.reason, dropped[1]["reason"]]
 
 
 def test_who_is_absent_or_sits_out_is_shown_in_json_and_terminal() -> None:
