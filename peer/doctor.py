@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
-from coordinator.cli import Parser, default_run_name, run_main, spec_options, with_invite
+from coordinator.cli import Parser, default_run_name, run_main, spec_options
 from coordinator.errors import EXIT_TERMINATED, SwarmError, UsageError
-from peer.join import add_join_arguments, limit_threads, make_config
+from peer.join import add_join_arguments, limit_threads, make_config, make_manners, read_flags
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     add_join_arguments(parser, needs_output_dir=False)
-    return with_invite(parser.parse(argv))
+    return read_flags(parser.parse(argv))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -189,6 +189,7 @@ class Examination:
         self._has_output_dir = args.output_dir is not None
         args.output_dir = args.output_dir or Path()
         self._args, self._config = args, make_config(args)
+        make_manners(args)  # so that what `join` would refuse is refused here
         self._folder, self._lines, self._stack = folder, lines, stack
         self._worker = Worker()
         self._data: TaskData | None = None

@@ -83,7 +83,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
     )
     add_join_arguments(parser)
-    args = with_invite(parser.parse(argv))
+    return read_flags(parser.parse(argv))
+
+
+def read_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """With the invite read, and what one flag says against another refused. Raises SwarmError."""
+    args = with_invite(args)
     if args.private and args.initial_peers:
         raise UsageError("--private begins a run; to join one that is private, give --invite STRING alone")
     return args
@@ -304,11 +309,14 @@ def lower_priority(nice: int | None) -> None:
 
     Linux has a priority for each thread; so it is lowered before libraries start theirs.
     """
-    if nice is None:
-        return
-    if not 0 <= nice <= 19:
+    _check_nice(nice)
+    if nice is not None:
+        os.nice(nice)
+
+
+def _check_nice(nice: int | None) -> None:
+    if nice is not None and not 0 <= nice <= 19:
         raise UsageError(f"--nice {nice}: give a number from 0 (as others) to 19 (after all others)")
-    os.nice(nice)
 
 
 def limit_threads(num_threads: int | None) -> None:
@@ -318,13 +326,14 @@ def limit_threads(num_threads: int | None) -> None:
 
 
 def make_manners(args: argparse.Namespace) -> Manners:
-    """Raises UsageError."""
+    """Changes nothing: `--nice` is looked at only. Raises UsageError."""
     from peer.gpu_use import GpuWatch, uses_gpu
     from peer.manners import Manners, Schedule
 
     percent = args.pause_when_busy
     if percent is not None and not 1 <= percent <= 99:
         raise UsageError(f"--pause-when-busy {percent:g}: give a percentage from 1 to 99")
+    _check_nice(args.nice)
     schedule = None if args.schedule is None else Schedule.parse(args.schedule)
     if percent is None:
         return Manners(schedule)

@@ -30,7 +30,7 @@ from peer import probes
 from peer.checkup import Check
 from peer.doctor import Lines, Worker, examine, main, parse
 from peer.genesis import make_run, serve_run
-from peer.join import add_join_arguments
+from peer.join import add_join_arguments, make_manners
 from scripts.swarm_processes import LocalSwarm
 from tests.fakes import CALL_SECONDS, addresses, network_config, peer
 from tests.tiny_models import make_model_dir, make_texts
@@ -201,6 +201,29 @@ def test_the_flags_are_those_of_join() -> None:
 def test_nothing_to_look_at_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data", "x.csv"]) == 2
     assert "give --initial-peers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--schedule", "99"], "--schedule '99': give a window"),
+        (["--nice", "77"], "--nice 77: give a number from 0"),
+        (["--pause-when-busy", "0"], "--pause-when-busy 0: give a percentage"),
+        (["--max-upload-mbps", "0.5"], "--max-upload-mbps 0.5: give at least 1"),
+        (["--private", "--initial-peers", DEAD], "--private begins a run"),
+    ],
+)
+def test_flags_that_join_refuses_are_refused_here(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--data", "x.csv", "--model", "m", *flags]) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_looking_at_nice_changes_no_priority() -> None:
+    before = os.nice(0)
+    make_manners(parse(["--data", "x.csv", "--nice", "19"]))
+    assert os.nice(0) == before
 
 
 def test_the_help_explains_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
