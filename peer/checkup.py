@@ -35,6 +35,7 @@ NUM_CHECKPOINTS = 3  # two are kept, and one is being written beside them (peer/
 NUM_EXPORTS = 4  # model/ and task_model/, each written beside the old one
 COMFORT_FACTOR = 1.5  # less room than that times the need is worth a warning
 FEW_HELD_OUT = 50  # with less the standard error of an accuracy is above 7 points
+DIGEST_CHARS = 8  # of a run's digest, for people
 MANY_CUT = 0.2  # of the rows; more lose text at max_length than is harmless
 MANY_DUPLICATES = 0.01  # of the held-out rows that are in the training data, too
 SLOW_EXAMPLES_PER_SECOND = 1.0
@@ -264,17 +265,24 @@ def _judge_classes(figures: DataFigures) -> list[Check]:
         what = f"not in the validation data: {_some(unseen)}"
         fix = "its score is not seen: add examples, or raise --validation-fraction"
         return [Check("classes", "warning", what, fix, numbers)]
-    return [Check("classes", "ok", f"the smallest of {len(counts)} has {min(counts.values())} rows")]
+    said = f"{_some(list(counts), 12)}; the smallest has {min(counts.values())} rows"
+    return [Check("classes", "ok", said, "", numbers)]
 
 
-def judge_lengths(num_rows: int, num_cut: int, max_length: int, longest: int) -> Check:
-    """`longest`: tokens of the longest row looked at."""
-    figures = {"num_rows": num_rows, "num_cut": num_cut, "max_length": max_length, "longest": longest}
+def judge_lengths(num_rows: int, num_cut: int, max_length: int, longest: int, num_in_all: int) -> Check:
+    """`num_rows`: looked at, the first of `num_in_all`; `longest`: tokens of the longest of them."""
+    figures = {
+        "num_rows": num_rows,
+        "num_in_all": num_in_all,
+        "num_cut": num_cut,
+        "max_length": max_length,
+        "longest": longest,
+    }
+    rows = f"{num_rows} rows" if num_rows == num_in_all else f"the first {num_rows} rows"
     if num_cut == 0:
-        return Check(
-            "length", "ok", f"no row is cut at {max_length} tokens (longest: {longest})", "", figures
-        )
-    said = f"{num_cut} of {num_rows} rows are cut at {max_length} tokens (longest: {longest})"
+        what = f"none of {rows} is cut at {max_length} tokens (longest: {longest})"
+        return Check("length", "ok", what, "", figures)
+    said = f"{num_cut} of {rows} are cut at {max_length} tokens (longest: {longest})"
     if num_cut > MANY_CUT * num_rows:
         return Check("length", "warning", said, "raise --max-length: slower, but nothing is lost", figures)
     return Check("length", "ok", said, "", figures)
@@ -314,7 +322,8 @@ class SwarmFigures:
 
 
 def judge_swarm(figures: SwarmFigures) -> Check:
-    who = f"{clean(figures.run_name, 24)}, round {figures.round} of {figures.num_rounds}"
+    name = f"{clean(figures.run_name, 24)} {figures.digest[:DIGEST_CHARS]}"
+    who = f"{name}, round {figures.round}/{figures.num_rounds}"
     numbers = {"digest": figures.digest, "round": figures.round, "num_trainers": figures.num_trainers}
     if figures.round >= figures.num_rounds:
         fix = "ask for a new run; the fused model can still be downloaded"
@@ -518,6 +527,7 @@ def judge_model(name: str, num_parameters: int, source: ModelSource) -> Check:
     return Check("model", "warning", f"{said}: {what} not the run's", fix, figures)
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(clean(name, 20)) for name in names[:3])
+def _some(names: Sequence[str], max_chars: int = 20) -> str:
+    """The first three, each cut and cleaned, and how many more there are."""
+    shown = ", ".join(repr(clean(name, max_chars)) for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -192,7 +192,27 @@ def test_a_class_with_one_row_is_named_without_what_it_could_do_to_a_terminal() 
 
 @pytest.mark.parametrize(("num_cut", "status"), [(0, "ok"), (20, "ok"), (21, "warning")])
 def test_lengths(num_cut: int, status: str) -> None:
-    assert judge_lengths(100, num_cut, 128, 300).status == status
+    assert judge_lengths(100, num_cut, 128, 300, 100).status == status
+
+
+def test_lengths_of_some_rows_are_not_told_as_of_all() -> None:
+    assert (
+        judge_lengths(100, 3, 128, 300, 100).message == "3 of 100 rows are cut at 128 tokens (longest: 300)"
+    )
+    some = judge_lengths(100, 3, 128, 300, 5000)
+    assert some.message == "3 of the first 100 rows are cut at 128 tokens (longest: 300)"
+    assert some.figures["num_in_all"] == 5000
+    none = judge_lengths(100, 0, 128, 99, 5000)
+    assert none.message == "none of the first 100 rows is cut at 128 tokens (longest: 99)"
+
+
+def test_classes_are_named_cut_and_cleaned() -> None:
+    names = ("no", "\x1b[31mred", "a label of many words", "yes")
+    counts = dict.fromkeys(names, 200)
+    [check] = [
+        c for c in judge_data(figures(train_counts=counts, validation_counts=counts)) if c.name == "classes"
+    ]
+    assert check.message == "'no', '?[31mred', 'a label of …' and 1 more; the smallest has 200 rows"
 
 
 # ---- the swarm
@@ -208,8 +228,8 @@ def test_each_entry_point_is_named_and_one_that_answers_is_enough() -> None:
 
 
 def test_a_run_that_is_over_is_told() -> None:
-    swarm = SwarmFigures("emotions", "0" * 64, round=2, num_rounds=3, num_trainers=4, min_peers=2)
-    assert judge_swarm(swarm).message == "emotions, round 2 of 3; 4 train, quorum 2"
+    swarm = SwarmFigures("emotions", "c0ffee11" * 8, round=2, num_rounds=3, num_trainers=4, min_peers=2)
+    assert judge_swarm(swarm).message == "emotions c0ffee11, round 2/3; 4 train, quorum 2"
     assert judge_swarm(dataclasses.replace(swarm, round=3)).status == "warning"
 
 

@@ -136,7 +136,9 @@ def test_a_good_machine(swarm: Swarm, tmp_path: Path) -> None:
         f"{names} entry point run reachable device memory disk output model length speed traffic clock"
     )
     assert {name: check.status for name, check in checks.items()} == dict.fromkeys(checks, "ok")
-    assert checks["run"].message == "test, round 0 of 3; 0 train, quorum 2"
+    digest = checks["run"].figures["digest"]
+    assert checks["run"].message == f"test {digest[:8]}, round 0/3; 0 train, quorum 2"
+    assert checks["classes"].message.startswith("'0', '1'; the smallest has ")
     assert checks["data"].figures["num_train"] == 480
     assert checks["speed"].figures["examples_per_second"] > 0
     assert checks["clock"].figures["num_peers"] == 1
