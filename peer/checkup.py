@@ -460,6 +460,7 @@ class RoundBudget:
     part_bytes: int  # the encoded delta of one peer
     num_peers: int  # that are likely to be in a round, this one included
     num_scored: int  # rows, held-out ones and those that the head is fitted to; twice a round
+    upload_bytes_per_second: float | None = None  # the limit that the person set
 
 
 def round_bytes(budget: RoundBudget) -> int:
@@ -467,11 +468,25 @@ def round_bytes(budget: RoundBudget) -> int:
     return 2 * budget.part_bytes * (budget.num_peers - 1) // max(1, budget.num_peers)
 
 
-def judge_speed(examples_per_second: float, budget: RoundBudget) -> Check:
+def work_seconds(examples_per_second: float, budget: RoundBudget) -> float:
     """Finetuning and evaluating; a forward pass takes a third of a training step."""
     wanted = [] if budget.num_examples is None else [budget.num_examples / examples_per_second]
     finetune = min(wanted + ([] if budget.seconds is None else [budget.seconds]))
-    seconds = finetune + 2 * budget.num_scored / (3 * examples_per_second)
+    return finetune + 2 * budget.num_scored / (3 * examples_per_second)
+
+
+def traffic_seconds(download_bytes_per_second: float | None, budget: RoundBudget) -> float | None:
+    """By the slower of the two directions, which go on at one time; None: neither rate is known."""
+    rate = _slower(download_bytes_per_second, budget.upload_bytes_per_second)
+    return None if rate is None else round_bytes(budget) / rate
+
+
+def _slower(*rates: float | None) -> float | None:
+    return min((rate for rate in rates if rate is not None), default=None)
+
+
+def judge_speed(examples_per_second: float, budget: RoundBudget) -> Check:
+    seconds = work_seconds(examples_per_second, budget)
     figures = {"examples_per_second": round(examples_per_second, 2), "round_seconds": round(seconds, 1)}
     said = f"{examples_per_second:.3g} examples/s: about {format_seconds(seconds)} a round"
     if seconds > budget.limit_seconds:
@@ -490,20 +505,45 @@ def unmeasured_speed(limit_seconds: float) -> Check:
 
 
 def judge_traffic(download_bytes_per_second: float | None, budget: RoundBudget) -> Check:
-    """`download_bytes_per_second`: as measured with pieces of the state; None: nobody could be asked."""
-    moved = round_bytes(budget)
+    """`download_bytes_per_second`: as measured with pieces of the state; None: nobody could be asked.
+
+    What is sent is not measured: nobody would take it. It counts where the person has limited it.
+    """
+    moved, upload = round_bytes(budget), budget.upload_bytes_per_second
     said = f"{format_size(moved)} each way a round of {budget.num_peers} peers"
     figures: dict[str, Any] = {"bytes_each_way": moved, "num_peers": budget.num_peers}
-    if download_bytes_per_second is None:
+    if download_bytes_per_second is not None:
+        figures["download_bytes_per_second"] = round(download_bytes_per_second)
+    if upload is not None:
+        figures["upload_bytes_per_second"] = round(upload)
+    rate = _slower(download_bytes_per_second, upload)
+    if rate is None:
         return Check("traffic", "ok", f"{said}; rate not measured", figures=figures)
-    figures["download_bytes_per_second"] = round(download_bytes_per_second)
-    seconds = moved / download_bytes_per_second
+    seconds = moved / rate
     figures["seconds"] = round(seconds, 1)
-    said += f", {format_seconds(seconds)} at {8e-6 * download_bytes_per_second:.3g} Mbit/s"
+    is_held_back = rate == upload
+    said += f", {format_seconds(seconds)} at {8e-6 * rate:.3g} Mbit/s{' up' if is_held_back else ''}"
     if seconds > budget.limit_seconds / 2:
-        fix = "the others wait for you: use a faster line; or a run with --compression int8"
+        faster = "raise --max-upload-mbps" if is_held_back else "use a faster line"
+        fix = f"the others wait for you: {faster}; or a run with --compression int8"
         return Check("traffic", "warning", said, fix, figures)
     return Check("traffic", "ok", said, figures=figures)
+
+
+def judge_round(
+    examples_per_second: float, download_bytes_per_second: float | None, budget: RoundBudget
+) -> Check:
+    """What a round takes in all; whether that is too much is said of its two parts."""
+    work, moved = work_seconds(examples_per_second, budget), round_bytes(budget)
+    traffic = traffic_seconds(download_bytes_per_second, budget)
+    seconds = work + (traffic or 0.0)
+    figures = {
+        "seconds": round(seconds, 1),
+        "bytes_each_way": moved,
+        "is_traffic_measured": traffic is not None,
+    }
+    took = f"{format_seconds(seconds)}{' in all' if traffic is not None else ' and the traffic'}"
+    return Check("round", "ok", f"about {took}, {format_size(moved)} each way", "", figures)
 
 
 # ---- the model ------------------------------------------------------------------------------------

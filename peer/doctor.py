@@ -46,7 +46,8 @@ EPILOG = """what is checked, one line each:
   run, clock          the run that they are in; your clock against theirs
   reachable           whether others can dial you
   model               its files and weights, against the hashes of the run
-  speed, traffic      minutes and megabytes of a round, from a few real steps on your data
+  speed, traffic      of a round, from a few real steps on your data and pieces of the state
+  round               minutes and megabytes of one in all
 
 nothing is written to --output-dir, nothing is published, nothing stays behind.
 with --json: one object per line, {"check", "status", "message", "fix", "figures"}.
@@ -198,6 +199,7 @@ class Examination:
         self._log: HeartbeatLog | None = None  # of a swarm whose run is known
         self._model_dir: Path | None = None  # config and tokenizer
         self._backbone: tuple[TensorLayout, torch.Tensor] | None = None
+        self._speed: float | None = None  # examples/s
 
     def run(self) -> None:
         try:
@@ -360,13 +362,13 @@ class Examination:
         assert self._data is not None
         assert self._model_dir is not None
         assert self._backbone is not None
-        speed = measure_speed(
+        self._speed = measure_speed(
             self._config, self._data, self._model_dir, *self._backbone, should_stop=self._worker.is_ended
         )
-        return [judge_speed(speed, self._budget())]
+        return [judge_speed(self._speed, self._budget())]
 
     def _examine_traffic(self) -> list[Check]:
-        from peer.checkup import judge_traffic
+        from peer.checkup import judge_round, judge_traffic
         from peer.swarm_probes import download_rate
 
         assert self._spec is not None
@@ -374,7 +376,9 @@ class Examination:
         if self._network is not None and self._log is not None:
             state_hash, donors = self._log.newest_state(self._network.entry_points)
             rate = download_rate(self._network, self._spec, state_hash, donors)
-        return [judge_traffic(rate, self._budget())]
+        budget = self._budget()
+        in_all = [] if self._speed is None else [judge_round(self._speed, rate, budget)]
+        return [judge_traffic(rate, budget), *in_all]
 
     def _budget(self) -> RoundBudget:
         from peer.probes import round_budget
@@ -383,7 +387,7 @@ class Examination:
         assert self._spec is not None
         heartbeats = [] if self._log is None else self._log.heartbeats
         num_trainers = swarm_figures(self._spec, heartbeats).num_trainers
-        return round_budget(self._spec, num_trainers, self._config.eval_examples)
+        return round_budget(self._spec, num_trainers, self._config)
 
     def _examine_clock(self) -> list[Check]:
         from peer.checkup import judge_clock

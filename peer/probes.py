@@ -254,12 +254,13 @@ def _first_rows(split: Dataset) -> Dataset:
     return split.select(range(min(NUM_ROWS_TRIED, len(split))))
 
 
-def round_budget(spec: RunSpec, num_trainers: int, eval_examples: int) -> RoundBudget:
+def round_budget(spec: RunSpec, num_trainers: int, config: PeerConfig) -> RoundBudget:
     return RoundBudget(
         num_examples=spec.round_examples,
         seconds=spec.round_seconds,
         limit_seconds=spec.round_limit_seconds,
         part_bytes=CODECS[spec.compression].size_bytes(spec.num_parameters),
         num_peers=min(spec.max_peers, max(spec.min_peers, num_trainers + 1)),
-        num_scored=eval_examples + num_head_examples(eval_examples),
+        num_scored=config.eval_examples + num_head_examples(config.eval_examples),
+        upload_bytes_per_second=config.max_upload_bytes_per_second,
     )

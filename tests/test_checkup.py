@@ -33,6 +33,7 @@ from peer.checkup import (
     judge_packages,
     judge_python,
     judge_reach,
+    judge_round,
     judge_speed,
     judge_swarm,
     judge_traffic,
@@ -373,6 +374,32 @@ def test_traffic() -> None:
     assert judge_traffic(90_000.0, budget()).status == "warning"  # 1000 s, more than half of the limit
 
 
+def test_traffic_waits_for_the_slower_direction() -> None:
+    slow = budget(upload_bytes_per_second=125_000.0)  # --max-upload-mbps 1
+    held = judge_traffic(9_000_000.0, slow)
+    assert held.message == "90.0 MB each way a round of 2 peers, 12 min 0 s at 1 Mbit/s up"
+    assert (held.status, held.figures["seconds"]) == ("ok", 720.0)
+    assert judge_traffic(None, slow).figures["seconds"] == 720.0  # also where nobody could be asked
+    late = judge_traffic(9_000_000.0, budget(upload_bytes_per_second=90_000.0))
+    assert (late.status, "raise --max-upload-mbps" in late.fix) == ("warning", True)
+    assert judge_traffic(100_000.0, slow).message.endswith("at 0.8 Mbit/s")
+    alone = judge_traffic(None, budget(num_peers=1, upload_bytes_per_second=125_000.0))
+    assert alone.figures["seconds"] == 0.0
+
+
+def test_a_round_in_all_by_hand() -> None:
+    # 140 s of work, as above, and 90 MB at 9 MB/s; or at 1 Mbit/s, which is 0.125 MB/s.
+    in_all = judge_round(10.0, 9_000_000.0, budget())
+    assert (in_all.status, in_all.figures["seconds"]) == ("ok", 150.0)
+    assert in_all.message == "about 2 min 30 s in all, 90.0 MB each way"
+    assert (
+        judge_round(10.0, 9_000_000.0, budget(upload_bytes_per_second=125_000.0)).figures["seconds"] == 860.0
+    )
+    unknown = judge_round(10.0, None, budget())
+    assert unknown.figures == {"seconds": 140.0, "bytes_each_way": 90_000_000, "is_traffic_measured": False}
+    assert unknown.message == "about 2 min 20 s and the traffic, 90.0 MB each way"
+
+
 @pytest.mark.parametrize(
     ("source", "status"),
     [
@@ -399,6 +426,7 @@ def test_lines_are_short_enough_for_80_columns() -> None:
         judge_disk((9e9).__int__(), 0, MINILM),
         judge_speed(4.95, budget()),
         judge_traffic(2e7, budget()),
+        judge_round(4.95, 2e7, budget()),
         judge_model("all-MiniLM-L6-v2", 22_700_000, "here"),
         judge_reach(reach()),
     ]

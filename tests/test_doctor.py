@@ -133,7 +133,7 @@ def test_a_good_machine(swarm: Swarm, tmp_path: Path) -> None:
     checks = examined(tmp_path / "out", "--initial-peers", swarm.address, "--data", str(swarm.data))
     names = "python packages data columns duplicates classes p2p"
     assert " ".join(checks) == (
-        f"{names} entry point run reachable device memory disk output model length speed traffic clock"
+        f"{names} entry point run reachable device memory disk output model length speed traffic round clock"
     )
     assert {name: check.status for name, check in checks.items()} == dict.fromkeys(checks, "ok")
     digest = checks["run"].figures["digest"]
@@ -142,6 +142,7 @@ def test_a_good_machine(swarm: Swarm, tmp_path: Path) -> None:
     assert checks["data"].figures["num_train"] == 480
     assert checks["speed"].figures["examples_per_second"] > 0
     assert checks["clock"].figures["num_peers"] == 1
+    assert checks["round"].figures["seconds"] > 0
 
 
 def test_a_dead_entry_point_is_named_and_the_rest_is_looked_at(swarm: Swarm, tmp_path: Path) -> None:
@@ -178,9 +179,12 @@ def test_a_peer_whose_clock_differs(tmp_path: Path, shift_seconds: float, status
 
 
 def test_a_run_that_begins_here(swarm: Swarm, tmp_path: Path) -> None:
-    checks = examined(tmp_path / "out", "--model", str(swarm.pretrained), "--data", str(swarm.data))
+    flags = ["--model", str(swarm.pretrained), "--data", str(swarm.data), "--max-upload-mbps", "1"]
+    checks = examined(tmp_path / "out", *flags)
     assert failures(checks) == set()
-    assert {"model", "speed", "traffic", "disk"} <= checks.keys()
+    assert {"model", "speed", "traffic", "round", "disk"} <= checks.keys()
+    assert checks["traffic"].figures["upload_bytes_per_second"] == 125_000
+    assert checks["traffic"].message.endswith("at 1 Mbit/s up")
 
 
 def test_a_model_that_only_the_peers_have(tmp_path: Path) -> None:
