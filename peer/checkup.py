@@ -29,7 +29,14 @@ PROCESS_BYTES = 500_000_000  # Python with torch, transformers and hivemind, bef
 # Of a peer beyond bare finetuning: evaluation, delta, parts on their way, new state. Measured 649 MiB with
 # 22.7M parameters (docs/experiments.md, "Freed memory that stays").
 PEER_BYTES_PER_PARAMETER = 30
-ACTIVATIONS_BYTES = 350_000_000  # of 32 texts of 128 tokens, as measured: 1157 MiB less the two lines around
+# What a forward pass keeps for the backward one, of BERT in float32 with dropout: for each token and layer so
+# many bytes a hidden value, and so many for each head and other token. Tensors saved by autograd, counted for
+# 6 layers of 384 and 12 of 768, 32 to 512 tokens: within 1%. Fused kernels on a GPU keep no attention.
+ACTIVATION_BYTES_PER_VALUE = 74
+ATTENTION_BYTES_PER_PAIR = 12
+# Texts that are shorter than --max-length take less: 350 MB of 1.15 GB, as measured (1157 MiB less the other
+# two lines). So much is certain to be needed.
+SHORT_TEXTS = 0.3
 FINETUNE_BYTES_PER_PARAMETER = 16  # float32: weights, gradients, and the two moments of AdamW
 NUM_CHECKPOINTS = 3  # two are kept, and one is being written beside them (peer/state.py)
 NUM_EXPORTS = 4  # model/ and task_model/, each written beside the old one
@@ -139,24 +146,43 @@ def judge_disk(free_bytes: int, used_bytes: int, size: ModelSize) -> Check:
     return Check("disk", "ok", said, figures=figures)
 
 
-def memory_needed(size: ModelSize, *, on_gpu: bool = False) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Batch:
+    """What of a step of finetuning decides how much memory its activations take."""
+
+    num_texts: int = 32  # --batch-size
+    num_tokens: int = 128  # of each, if all are as long as --max-length lets them be
+    num_layers: int = 6  # this and what follows of the model's config; here all-MiniLM-L6-v2's
+    hidden_size: int = 384
+    num_heads: int = 12
+
+
+def activations_bytes(batch: Batch, *, on_gpu: bool = False) -> int:
+    attention = 0 if on_gpu else ATTENTION_BYTES_PER_PAIR * batch.num_heads * batch.num_tokens
+    for_token = ACTIVATION_BYTES_PER_VALUE * batch.hidden_size + attention
+    return batch.num_texts * batch.num_tokens * batch.num_layers * for_token
+
+
+def memory_needed(size: ModelSize, batch: Batch, *, on_gpu: bool = False) -> tuple[int, int]:
     """Bytes of main memory without which it cannot work, and those that a round takes at its peak.
 
-    With 22.7M parameters: 0.86 GB and 1.89 GB; measured 1.89 GB (1157 and 649 MiB, docs/experiments.md).
+    With 22.7M parameters and batches of 32 texts of 128 tokens: 1.21 GB, as measured with shorter ones
+    (1157 MiB, docs/experiments.md), and 2.70 GB.
     """
     training = 0 if on_gpu else FINETUNE_BYTES_PER_PARAMETER * size.num_parameters
+    activations = 0 if on_gpu else activations_bytes(batch)
     buffers = 4 * (size.num_state_values - size.num_parameters)
     least = PROCESS_BYTES + training
     beside = PEER_BYTES_PER_PARAMETER * size.num_parameters + 3 * buffers
-    return least, least + (0 if on_gpu else ACTIVATIONS_BYTES) + beside
+    return least + round(SHORT_TEXTS * activations), least + activations + beside
 
 
-def judge_memory(available_bytes: int, size: ModelSize, *, on_gpu: bool = False) -> Check:
+def judge_memory(available_bytes: int, size: ModelSize, batch: Batch, *, on_gpu: bool = False) -> Check:
     """`available_bytes`: to this process in all, what it has already included."""
-    least, peak = memory_needed(size, on_gpu=on_gpu)
-    figures = {"available_bytes": available_bytes, "needed_bytes": peak}
+    least, peak = memory_needed(size, batch, on_gpu=on_gpu)
+    figures = {"available_bytes": available_bytes, "least_bytes": least, "needed_bytes": peak}
     said = f"{format_size(available_bytes)} available, about {format_size(peak)} needed"
-    fix = "end other programs, or lower --batch-size and --max-length"
+    fix = "end other programs" if on_gpu else "end other programs, or lower --batch-size and --max-length"
     if available_bytes < least:
         return Check("memory", "failure", said, f"{fix}; or use a machine with more memory", figures)
     if available_bytes < peak:
@@ -174,7 +200,7 @@ class Device:
     has_unused_gpu: bool = False  # --use-cpu was said where there is one
 
 
-def judge_device(device: Device, size: ModelSize | None, wants_bf16: bool | None) -> Check:
+def judge_device(device: Device, size: ModelSize | None, batch: Batch, wants_bf16: bool | None) -> Check:
     precision = "bfloat16" if device.has_bf16 and wants_bf16 is not False else "float32"
     threads = f", {device.num_threads} thread{'s' if device.num_threads != 1 else ''}"
     said = f"{clean(device.name, 40)}{'' if device.is_gpu else threads}, {precision}"
@@ -182,13 +208,30 @@ def judge_device(device: Device, size: ModelSize | None, wants_bf16: bool | None
     if wants_bf16 and not device.has_bf16:
         what = f"{device.name} has no bfloat16: --bf16 will be slow here"
         return Check("device", "warning", what, "leave --bf16 out", figures)
-    needed = 0 if size is None else FINETUNE_BYTES_PER_PARAMETER * size.num_parameters
-    if device.free_bytes is not None and device.free_bytes < needed:
-        said += f": {format_size(device.free_bytes)} free, more than {format_size(needed)} needed"
-        return Check("device", "failure", said, "end other programs on the GPU, or add --use-cpu", figures)
+    if device.free_bytes is not None and size is not None:
+        check = _judge_gpu_memory(said, device.free_bytes, size, batch, figures)
+        if check is not None:
+            return check
     if device.has_unused_gpu:
         said += "; the GPU here stays unused (--use-cpu)"
     return Check("device", "ok", said, figures=figures)
+
+
+def _judge_gpu_memory(
+    device: str, free_bytes: int, size: ModelSize, batch: Batch, figures: Mapping[str, Any]
+) -> Check | None:
+    """None: there is enough."""
+    training = FINETUNE_BYTES_PER_PARAMETER * size.num_parameters
+    activations = activations_bytes(batch, on_gpu=True)
+    needed = training + activations
+    figures = {**figures, "free_bytes": free_bytes, "needed_bytes": needed}
+    said = f"{device}: {format_size(free_bytes)} free, about {format_size(needed)} needed"
+    fix = "end other programs on the GPU, lower --batch-size and --max-length"
+    if free_bytes < training + SHORT_TEXTS * activations:
+        return Check("device", "failure", said, f"{fix}, or add --use-cpu", figures)
+    if free_bytes < needed:
+        return Check("device", "warning", f"{said}: it may run out", fix, figures)
+    return None
 
 
 # ---- the data -------------------------------------------------------------------------------------

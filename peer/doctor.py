@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
@@ -313,18 +313,36 @@ class Examination:
 
     def _examine_machine(self) -> list[Check]:
         from peer.checkup import judge_device
-        from peer.probes import check_disk, check_memory, check_output, find_device, size_of
+        from peer.probes import batch_of, check_disk, check_memory, check_output, find_device, size_of
 
         finetune = self._config.finetune
         device = find_device(finetune.use_cpu, self._config.num_threads)
         size = None if self._spec is None else size_of(self._spec)
-        checks = [judge_device(device, size, finetune.bf16)]
+        batch = batch_of(self._config, self._find_config())
+        checks = [judge_device(device, size, batch, finetune.bf16)]
         if size is not None:
-            checks.append(check_memory(size, on_gpu=device.is_gpu))
+            checks.append(check_memory(size, batch, on_gpu=device.is_gpu))
             checks.append(check_disk(self._config.output_dir, size))
         if self._has_output_dir:
             checks.append(check_output(self._config))
         return checks
+
+    def _find_config(self) -> Path | None:
+        """A directory with the config of the run's model, here or from a peer."""
+        from coordinator.errors import NetworkError
+        from peer.probes import find_config
+        from peer.swarm_probes import CALL_SECONDS, fetch_files
+
+        if self._spec is None or self._model_dir is not None:
+            return self._model_dir
+        found = find_config(self._spec, self._config.output_dir)
+        if found is None and self._network is not None and self._log is not None:
+            folder, donors = self._folder / "config", self._network.entry_points
+            with suppress(NetworkError):  # then the batch is taken to be of a small model
+                name = ("config.json",)
+                fetch_files(self._network, self._spec, donors, folder, name, timeout_seconds=CALL_SECONDS)
+                return folder
+        return found
 
     def _examine_model(self) -> list[Check]:
         from peer.checkup import judge_model

@@ -324,10 +324,11 @@ def _local_model(spec: RunSpec) -> Path | None:
 
 
 def _has_files(spec: RunSpec, directory: Path) -> bool:
-    return all(_sha256(directory / name) == file.sha256 for name, file in spec.files.items())
+    return all(sha256_of(directory / name) == file.sha256 for name, file in spec.files.items())
 
 
-def _sha256(path: Path) -> str | None:
+def sha256_of(path: Path) -> str | None:
+    """Of a file, hex; None where there is none."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -270,6 +270,17 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def encoder_shape(model_dir: Path) -> dict[str, int]:
+    """What the config says of these, under the names that transformers gives to all families.
+
+    Raises ModelError.
+    """
+    config = _load_config(model_dir)
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, int) and value > 0}
+
+
 def export_model(model_dir: Path, layout: TensorLayout, flat: torch.Tensor, output_dir: Path) -> None:
     """Writes the fused encoder in Hugging Face form: config, tokenizer, model.safetensors.
 

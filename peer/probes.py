@@ -22,6 +22,7 @@ from coordinator.errors import ModelError, StateError
 from coordinator.identity import load_identity
 from coordinator.spec import RunSpec
 from peer.checkup import (
+    Batch,
     Check,
     DataFigures,
     Device,
@@ -36,10 +37,10 @@ from peer.config import PeerConfig
 from peer.data import TaskData
 from peer.evaluate import bf16_supported
 from peer.finetune import Budget
-from peer.genesis import State, load_first_state
+from peer.genesis import State, load_first_state, sha256_of
 from peer.layout import TensorLayout
 from peer.learner import Learner, num_head_examples
-from peer.model import load_tokenizer, model_files
+from peer.model import encoder_shape, load_tokenizer, model_files
 from peer.outer import num_buffers
 from peer.versions import check_versions
 
@@ -57,7 +58,8 @@ def quick_checks(config: PeerConfig, spec: RunSpec | None) -> list[Check]:
     if spec is None:
         return checks
     size, device = size_of(spec), find_device(config.finetune.use_cpu, config.num_threads)
-    return [*checks, check_disk(config.output_dir, size), check_memory(size, on_gpu=device.is_gpu)]
+    batch = batch_of(config, find_config(spec, config.output_dir))
+    return [*checks, check_disk(config.output_dir, size), check_memory(size, batch, on_gpu=device.is_gpu)]
 
 
 # ---- disk and memory ------------------------------------------------------------------------------
@@ -69,6 +71,32 @@ def size_of(spec: RunSpec) -> ModelSize:
         num_state_values=spec.num_parameters * (1 + num_buffers(spec.outer_optimizer)),
         files_bytes=sum(file.size_bytes for file in spec.files.values()),
         is_lossy=CODECS[spec.compression].is_lossy,
+    )
+
+
+def find_config(spec: RunSpec, output_dir: Path) -> Path | None:
+    """A directory on this machine that holds the config of the run's model."""
+    wanted = spec.files.get("config.json")
+    for directory in (output_dir / "base", _local_directory(spec)):
+        file = None if directory is None else directory / "config.json"
+        if wanted is not None and file is not None and file.is_file() and sha256_of(file) == wanted.sha256:
+            return directory
+    return None
+
+
+def batch_of(config: PeerConfig, model_dir: Path | None) -> Batch:
+    """`model_dir`: that holds the model's config; None, or a config that does not say: as of a small one."""
+    chosen, usual = config.finetune, Batch()
+    try:
+        shape = {} if model_dir is None else encoder_shape(model_dir)
+    except ModelError:  # told by the check of the model
+        shape = {}
+    return Batch(
+        num_texts=chosen.per_device_train_batch_size,
+        num_tokens=min(chosen.max_length, shape.get("max_position_embeddings", chosen.max_length)),
+        num_layers=shape.get("num_hidden_layers", usual.num_layers),
+        hidden_size=shape.get("hidden_size", usual.hidden_size),
+        num_heads=shape.get("num_attention_heads", usual.num_heads),
     )
 
 
@@ -92,8 +120,8 @@ def check_disk(output_dir: Path, size: ModelSize) -> Check:
     return judge_disk(free_disk_bytes(output_dir), _used_bytes(output_dir), size)
 
 
-def check_memory(size: ModelSize, *, on_gpu: bool) -> Check:
-    return judge_memory(available_memory_bytes(), size, on_gpu=on_gpu)
+def check_memory(size: ModelSize, batch: Batch, *, on_gpu: bool) -> Check:
+    return judge_memory(available_memory_bytes(), size, batch, on_gpu=on_gpu)
 
 
 def free_disk_bytes(directory: Path) -> int:

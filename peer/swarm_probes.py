@@ -285,13 +285,26 @@ def _dial_from_outside(addresses: tuple[str, ...], folder: Path) -> dict[str, st
 # ---- files and pieces of the state ----------------------------------------------------------------
 
 
-def fetch_files(network: Network, spec: RunSpec, donors: Sequence[str], directory: Path) -> None:
-    """Config and tokenizer of the run, each checked against the spec. Raises NetworkError."""
+def fetch_files(
+    network: Network,
+    spec: RunSpec,
+    donors: Sequence[str],
+    directory: Path,
+    names: Collection[str] | None = None,
+    *,
+    timeout_seconds: float = 4 * CALL_SECONDS,
+) -> None:
+    """Config and tokenizer of the run, or some of `names`, each checked against the spec.
+
+    `timeout_seconds`: for each. Raises NetworkError.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for name, file in spec.files.items():
+        if names is not None and name not in names:
+            continue
         piece = Piece(0, file.size_bytes, file.sha256)
         fetch = fetch_blob(network, spec.digest, f"file/{name}", [piece], donors)
-        (directory / name).write_bytes(network.run(fetch, timeout_seconds=4 * CALL_SECONDS))
+        (directory / name).write_bytes(network.run(fetch, timeout_seconds=timeout_seconds))
 
 
 def fetch_layout(network: Network, spec: RunSpec, state_hash: str, donors: Sequence[str]) -> TensorLayout:

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
+from transformers import AutoConfig
 
 from coordinator.agreement import Agreement
 from coordinator.board import BoardValidator
@@ -27,13 +28,13 @@ from coordinator.errors import DataError
 from coordinator.identity import load_identity
 from coordinator.network import Network
 from peer import probes
-from peer.checkup import Check
+from peer.checkup import Batch, Check
 from peer.doctor import Lines, Worker, examine, main, parse
 from peer.genesis import make_run, serve_run
-from peer.join import add_join_arguments, make_manners
+from peer.join import add_join_arguments, make_config, make_manners
 from scripts.swarm_processes import LocalSwarm
 from tests.fakes import CALL_SECONDS, addresses, network_config, peer
-from tests.tiny_models import make_model_dir, make_texts
+from tests.tiny_models import FAMILIES, make_model_dir, make_texts
 
 LOOPBACK = ("--host-maddrs", "/ip4/127.0.0.1/tcp/0")
 DEAD = f"/ip4/127.0.0.1/tcp/1/p2p/{peer('nobody')}"
@@ -253,6 +254,19 @@ def test_lines_are_aligned_and_no_markup_is_read_from_them() -> None:
         "",
         "it will not work yet: 1 failure",
     ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_of_the_flags_and_of_the_config_of_any_family(family: str, tmp_path: Path) -> None:
+    model_dir = make_model_dir(tmp_path / family, family)
+    flags = ["--data", "x.csv", "--output-dir", "out", "--batch-size", "7", "--max-length"]
+    batch = probes.batch_of(make_config(parse([*flags, "20"])), model_dir)
+    config = AutoConfig.from_pretrained(model_dir)
+    shape = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    assert batch == Batch(7, 20, *shape)
+    longer = probes.batch_of(make_config(parse([*flags, "100000"])), model_dir)
+    assert longer.num_tokens == config.max_position_embeddings  # no text is longer
+    assert probes.batch_of(make_config(parse([*flags, "20"])), tmp_path / "none") == Batch(7, 20)
 
 
 # ---- deadlines
