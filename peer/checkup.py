@@ -334,12 +334,15 @@ def judge_lengths(num_rows: int, num_cut: int, max_length: int, longest: int, nu
 # ---- the swarm ------------------------------------------------------------------------------------
 
 
-def judge_entries(answers: Mapping[str, str | None]) -> list[Check]:
-    """One line for each entry point: by address, why it does not answer.
+def judge_entries(
+    answers: Mapping[str, str | None], remembered: Mapping[str, str | None] | None = None
+) -> list[Check]:
+    """One line for each entry point: by address, why it does not answer. Then one for all met before.
 
     A dead one is only a warning where another one answers.
     """
-    one_answers = None in answers.values()
+    remembered = remembered or {}
+    one_answers = None in answers.values() or None in remembered.values()
     checks = []
     for address, why_not in answers.items():
         name, figures = short_address(address), {"address": address}
@@ -351,7 +354,27 @@ def judge_entries(answers: Mapping[str, str | None]) -> list[Check]:
         else:
             fix = "ask for its present address; any other peer's will do"
             checks.append(Check("entry point", "failure", f"{name}: {why_not}", fix, figures))
-    return checks
+    return [*checks, *_judge_remembered(remembered, one_answers, has_others=bool(answers))]
+
+
+def _judge_remembered(
+    answers: Mapping[str, str | None], one_answers: bool, *, has_others: bool
+) -> list[Check]:
+    if not answers:
+        return []
+    num_answering = sum(why_not is None for why_not in answers.values())
+    figures = {"num_remembered": len(answers), "num_answering": num_answering}
+    what = f"{num_answering} of {len(answers)} addresses of peers met before answer"
+    if one_answers:
+        return [Check("entry point", "ok", what, "", figures)]
+    fix = "any other peer's address will do" if has_others else "you would go on alone: give --initial-peers"
+    return [Check("entry point", "warning", what, fix, figures)]
+
+
+def judge_solitude() -> Check:
+    """Of a run that is resumed without an address of another peer."""
+    fix = "others must come to you; or give --initial-peers ADDR"
+    return Check("entry point", "warning", "no address of another peer is known", fix)
 
 
 @dataclass(frozen=True)
@@ -365,13 +388,18 @@ class SwarmFigures:
 
 
 def judge_swarm(figures: SwarmFigures) -> Check:
-    name = f"{clean(figures.run_name, 24)} {figures.digest[:DIGEST_CHARS]}"
+    name = short_name(figures.run_name, figures.digest)
     who = f"{name}, round {figures.round}/{figures.num_rounds}"
     numbers = {"digest": figures.digest, "round": figures.round, "num_trainers": figures.num_trainers}
     if figures.round >= figures.num_rounds:
         fix = "ask for a new run; the fused model can still be downloaded"
         return Check("run", "warning", f"{who}: it is over", fix, numbers)
     return Check("run", "ok", f"{who}; {figures.num_trainers} train, quorum {figures.min_peers}", "", numbers)
+
+
+def short_name(run_name: str, digest: str) -> str:
+    """Of a run, for people; the digest tells runs of one name apart."""
+    return f"{clean(run_name, 24)} {digest[:DIGEST_CHARS]}"
 
 
 @dataclass(frozen=True)
@@ -591,7 +619,7 @@ def judge_round(
 
 # ---- the model ------------------------------------------------------------------------------------
 
-ModelSource = Literal["here", "peers", "other weights", "other files", "new"]
+ModelSource = Literal["here", "kept", "peers", "other weights", "other files", "new", "nowhere"]
 
 
 def judge_model(name: str, num_parameters: int, source: ModelSource) -> Check:
@@ -600,11 +628,15 @@ def judge_model(name: str, num_parameters: int, source: ModelSource) -> Check:
     figures = {"model": name, "num_parameters": num_parameters, "source": source}
     told = {
         "here": "here, hashes fit",
+        "kept": "in --output-dir, hashes fit",
         "peers": "from peers, hashes of the files fit",
         "new": "usable",
     }
     if source in told:
         return Check("model", "ok", f"{said}: {told[source]}", "", figures)
+    if source == "nowhere":
+        fix = "give --initial-peers ADDR of a peer that runs: its files come from there"
+        return Check("model", "warning", f"{said}: not here, and no peer was asked", fix, figures)
     what = "the weights here are" if source == "other weights" else "the files here are"
     fix = "nothing to do: the right ones come from the peers when you join"
     return Check("model", "warning", f"{said}: {what} not the run's", fix, figures)

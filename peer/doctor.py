@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from coordinator.cli import Parser, default_run_name, run_main, spec_options
 from coordinator.errors import EXIT_TERMINATED, SwarmError, UsageError
-from peer.join import add_join_arguments, limit_threads, make_config, make_manners, read_flags
+from peer.join import add_join_arguments, check_private, limit_threads, make_config, make_manners, read_flags
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from peer.checkup import Check, RoundBudget
     from peer.data import TaskData
     from peer.layout import TensorLayout
+    from peer.probes import KeptRun
     from peer.swarm_probes import HeartbeatLog, ProbeNetwork
 
 T = TypeVar("T")
 
 EPILOG = """what is checked, one line each:
   python, packages    versions, against what the project needs
+  resume              the run that --output-dir holds, if it holds one
   output, disk        whether the directory can be written, and has room
   memory, device      enough for this model; processor or GPU, bfloat16
   data, duplicates,   columns and sizes; rows in two splits; classes with one row;
@@ -193,6 +195,7 @@ class Examination:
         make_manners(args)  # so that what `join` would refuse is refused here
         self._folder, self._lines, self._stack = folder, lines, stack
         self._worker = Worker()
+        self._kept: KeptRun | None = None  # by --output-dir, to be resumed
         self._data: TaskData | None = None
         self._network: ProbeNetwork | None = None
         self._spec: RunSpec | None = None
@@ -211,16 +214,21 @@ class Examination:
         self._do("packages", LOCAL_SECONDS, self._versions)
         if any(check.name == "packages" and "missing" in check.message for check in self._lines.checks):
             return  # nothing else can be imported
+        if self._has_output_dir:
+            self._do("resume", LOCAL_SECONDS, self._look_for_run)
         self._do("data", DATA_SECONDS, self._examine_data)
         self._do("p2p", NETWORK_SECONDS, self._examine_network)
-        if not self._config.initial_peers:
+        begins = self._kept is None and not self._config.initial_peers and self._args.model is not None
+        if begins:
             self._do("model", MODEL_SECONDS, self._examine_own_run)
         elif self._network is not None and self._network.entry_points:
             self._do("run", NETWORK_SECONDS, self._examine_run)
+        elif self._kept is not None:
+            self._do("run", LOCAL_SECONDS, self._examine_kept_run)
         if self._network is not None:
             self._do("reachable", NETWORK_SECONDS, self._examine_reach)
         self._do("machine", LOCAL_SECONDS, self._examine_machine)
-        if self._log is not None:
+        if self._spec is not None and not begins:
             self._do("model", MODEL_SECONDS, self._examine_model)
         if self._data is not None and self._model_dir is not None:
             self._do("length", DATA_SECONDS, self._examine_lengths)
@@ -258,6 +266,22 @@ class Examination:
 
         return check_versions()
 
+    def _look_for_run(self) -> list[Check]:
+        from peer.checkup import Check, short_name
+        from peer.probes import find_kept_run
+
+        self._kept = find_kept_run(self._config)
+        if self._kept is not None:
+            if self._args.private:
+                check_private(self._config)
+            spec, round_ = self._kept.spec, self._kept.checkpoint.round
+            name = short_name(spec.run_name, spec.digest)
+            return [Check("resume", "ok", f"{name}, from round {round_}")]
+        if not (self._config.initial_peers or self._args.model):
+            what = f"{self._config.output_dir} holds no checkpoint to resume"
+            raise UsageError(f"{what}; give --initial-peers or --model")
+        return []
+
     def _examine_data(self) -> list[Check]:
         from peer.checkup import judge_data
         from peer.data import load_task_data
@@ -267,20 +291,26 @@ class Examination:
         return judge_data(data_figures(self._data))
 
     def _examine_network(self) -> list[Check]:
-        from peer.checkup import Check, judge_entries
+        from peer.checkup import Check, judge_entries, judge_solitude
+        from peer.state import kept_addresses
         from peer.swarm_probes import make_network
 
-        network = make_network(self._config, self._folder)
+        remembered = kept_addresses(self._config.output_dir) if self._has_output_dir else ()
+        network = make_network(self._config, self._folder, remembered=remembered)
         self._stack.enter_context(network)
         self._network = network
-        return [Check("p2p", "ok", "the p2p daemon starts"), *judge_entries(network.answers)]
+        checks = judge_entries(network.answers, network.remembered)
+        if self._kept is not None and not checks:
+            checks = [judge_solitude()]
+        return [Check("p2p", "ok", "the p2p daemon starts"), *checks]
 
     def _examine_run(self) -> list[Check]:
         from peer.checkup import judge_swarm
         from peer.swarm_probes import DAEMON_SECONDS, HeartbeatLog, find_spec, swarm_figures
 
         assert self._network is not None
-        self._spec = find_spec(self._network, self._config)
+        wanted = self._config.run_digest if self._kept is None else self._kept.spec.digest
+        self._spec = find_spec(self._network, wanted)
         log = HeartbeatLog(self._network, self._spec)
         self._network.run(log.start(), timeout_seconds=DAEMON_SECONDS)
         self._network.run(log.read_first(), timeout_seconds=DAEMON_SECONDS)
@@ -288,15 +318,20 @@ class Examination:
         self._watching = self._network.submit(log.watch())  # goes on while the rest is looked at
         return [judge_swarm(swarm_figures(self._spec, log.heartbeats))]
 
+    def _examine_kept_run(self) -> list[Check]:
+        """Where no peer can be asked: as far as this peer knows."""
+        from peer.checkup import judge_swarm
+        from peer.swarm_probes import swarm_figures
+
+        assert self._kept is not None
+        self._spec = self._kept.spec
+        return [judge_swarm(swarm_figures(self._spec, (), round_=self._kept.checkpoint.round))]
+
     def _examine_own_run(self) -> list[Check]:
-        """A run that begins here, or one that --output-dir holds."""
-        from coordinator.spec import load_spec
+        """One that begins here."""
         from peer.checkup import judge_model
         from peer.genesis import make_run
 
-        if self._args.model is None:
-            self._spec = load_spec(self._config.output_dir / "run.toml")
-            return self._examine_model()
         options = spec_options(self._args, seed=self._args.seed)
         options.setdefault("run_name", default_run_name(self._args.model))
         self._model_dir = self._folder / "base"
@@ -350,7 +385,8 @@ class Examination:
         from peer.swarm_probes import fetch_files, fetch_layout
 
         assert self._spec is not None
-        found = find_model(self._spec)
+        found = find_model(self._spec, self._kept, self._config.output_dir)
+        source = found.source
         if found.state is not None:
             self._model_dir = found.directory
             self._backbone = (found.state.manifest.layout.backbone, found.state.backbone)
@@ -360,7 +396,10 @@ class Examination:
             self._model_dir = directory
             layout = fetch_layout(self._network, self._spec, *self._log.newest_state(donors))
             self._backbone = (layout, random_backbone(layout, self._config.seed))
-        return [judge_model(self._spec.model, self._spec.num_parameters, found.source)]
+            source = "peers" if source == "nowhere" else source
+        else:
+            source = "nowhere"
+        return [judge_model(self._spec.model, self._spec.num_parameters, source)]
 
     def _examine_lengths(self) -> list[Check]:
         from peer.checkup import judge_lengths

@@ -22,12 +22,12 @@ from coordinator.errors import AccessError, ModelError, NetworkError, SpecError
 from coordinator.network import Network, PeerRefuses, PeerUnreachable
 from coordinator.outgoing import About
 from coordinator.records import RecordError, parse_json
-from coordinator.spec import MAX_SPEC_BYTES, RunSpec, parse_spec, validate_spec
+from coordinator.spec import MAX_SPEC_BYTES, RunSpec, load_spec, parse_spec, validate_spec
 from coordinator.transfer import Piece, fetch_blob, serve_blobs
 from peer.layout import CHUNK_SIZE_BYTES, StateManifest, TensorLayout, flat_bytes, make_manifest
 from peer.model import load_backbone, model_files, resolve_model
 from peer.outer import OUTER_OPTIMIZERS, buffer_names
-from peer.state import replace_directory
+from peer.state import kept_run, replace_directory
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def get_model_files(
     too), None when the files came from peers. Every file is checked against the spec.
     Raises NetworkError when nobody has them. `check` is called while waiting, and may raise.
     """
-    if _has_files(spec, base_dir):
+    if has_files(spec, base_dir):
         return _local_model(spec)
     model_dir = _local_model(spec)
     if model_dir is not None:
@@ -246,6 +246,15 @@ def get_state(
     )
     data = network.run(fetch, timeout_seconds=DOWNLOAD_TIMEOUT_SECONDS, check=check)
     return State(manifest, torch.frombuffer(data, dtype=torch.float32))
+
+
+def kept_spec(output_dir: Path) -> RunSpec | None:
+    """Of the run that a directory holds and `join` resumes; nothing is written.
+
+    Raises SpecError, StateError.
+    """
+    file = output_dir / "run.toml"
+    return load_spec(file) if kept_run(output_dir) is not None and file.exists() else None
 
 
 def first_state(layout: TensorLayout, backbone: torch.Tensor, outer_optimizer: str) -> State:
@@ -317,13 +326,14 @@ def _local_model(spec: RunSpec) -> Path | None:
     except ModelError as error:
         logger.info("the model is not to be had here: %s", error)
         return None
-    if _has_files(spec, model_dir):
+    if has_files(spec, model_dir):
         return model_dir
     logger.warning("the model in %s is not the one of the run; asking the peers", model_dir)
     return None
 
 
-def _has_files(spec: RunSpec, directory: Path) -> bool:
+def has_files(spec: RunSpec, directory: Path) -> bool:
+    """Whether config and tokenizer of the run are there, each with its hash."""
     return all(sha256_of(directory / name) == file.sha256 for name, file in spec.files.items())
 
 
@@ -340,7 +350,7 @@ def _copy_files(spec: RunSpec, model_dir: Path, base_dir: Path) -> None:
         for name in spec.files:
             shutil.copyfile(model_dir / name, directory / name)
 
-    if not _has_files(spec, base_dir):
+    if not has_files(spec, base_dir):
         replace_directory(base_dir, write)
 
 

@@ -443,7 +443,7 @@ def _begin_run(
     from peer.genesis import make_run
 
     if args.private and store.run_digest is not None:
-        _check_private(config)
+        check_private(config)
     if config.initial_peers or store.run_digest is not None:
         return None, None
     if args.model is None:
@@ -457,7 +457,7 @@ def _begin_run(
     return make_run(args.model, args.revision, options, config.output_dir / "base")
 
 
-def _check_private(config: PeerConfig) -> None:
+def check_private(config: PeerConfig) -> None:
     """Raises UsageError rather than go on with an open run as if it were private."""
     from coordinator.spec import load_spec
 

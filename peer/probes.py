@@ -18,7 +18,7 @@ from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from coordinator.errors import ModelError, StateError
+from coordinator.errors import ModelError, SpecError, StateError
 from coordinator.identity import load_identity
 from coordinator.spec import RunSpec
 from peer.checkup import (
@@ -37,11 +37,12 @@ from peer.config import PeerConfig
 from peer.data import TaskData
 from peer.evaluate import bf16_supported
 from peer.finetune import Budget
-from peer.genesis import State, load_first_state, sha256_of
+from peer.genesis import State, has_files, kept_spec, load_first_state, sha256_of
 from peer.layout import TensorLayout
 from peer.learner import Learner, num_head_examples
 from peer.model import encoder_shape, load_tokenizer, model_files
 from peer.outer import num_buffers
+from peer.state import Checkpoint, kept_checkpoint
 from peer.versions import check_versions
 
 NUM_ROWS_LOOKED_AT = 2000  # for lengths; tokenizing them takes a second
@@ -221,14 +222,42 @@ def max_tokens(model_dir: Path, wanted: int) -> int:
 class FoundModel:
     source: ModelSource
     directory: Path | None = None  # that holds its files
-    state: State | None = None  # round 0; None: the weights are not here
+    state: State | None = None  # of the checkpoint, or round 0; None: the weights are not here
 
 
-def find_model(spec: RunSpec) -> FoundModel:
-    """A model directory, or what an earlier download from the hub left; nothing is downloaded now."""
+@dataclass(frozen=True)
+class KeptRun:
+    """What an output directory holds of a run, which `join` resumes."""
+
+    spec: RunSpec
+    checkpoint: Checkpoint
+
+
+def find_kept_run(config: PeerConfig) -> KeptRun | None:
+    """None: there is nothing to resume. Nothing is written. Raises StateError, SpecError."""
+    spec = kept_spec(config.output_dir)
+    if spec is None:
+        return None
+    if config.run_digest not in (None, spec.digest):
+        raise SpecError(
+            f"{config.output_dir} holds the run {spec.digest}, not {config.run_digest}, which --run names; "
+            "choose another --output-dir"
+        )
+    checkpoint = kept_checkpoint(config.output_dir)
+    return None if checkpoint is None else KeptRun(spec, checkpoint)
+
+
+def find_model(spec: RunSpec, kept: KeptRun | None, output_dir: Path) -> FoundModel:
+    """What an output directory holds, a model directory, or what an earlier download from the hub left.
+
+    Nothing is downloaded now.
+    """
+    if kept is not None and has_files(spec, output_dir / "base"):
+        resumed = State.of(kept.checkpoint.layout, kept.checkpoint.flat)
+        return FoundModel("kept", output_dir / "base", resumed)
     directory = _local_directory(spec)
     if directory is None:
-        return FoundModel("peers")
+        return FoundModel("nowhere")
     try:
         files = model_files(directory)
         if any(name not in files or files[name].sha256 != f.sha256 for name, f in spec.files.items()):

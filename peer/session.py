@@ -57,11 +57,14 @@ from peer.memory import release_freed_memory
 from peer.model import export_model
 from peer.outer import outer_step
 from peer.state import (
+    ADDRESSES_NAME,
+    MAX_KNOWN_ADDRESSES,
     Checkpoint,
     CheckpointStore,
     KeptModel,
     append_json_line,
     is_kept,
+    kept_addresses,
     kept_score,
     recover_directory,
     repair_json_lines,
@@ -76,7 +79,6 @@ logger = logging.getLogger(__name__)
 
 CATCH_UP_SECONDS = 60.0  # to learn which chain is the best one; some more than looking at all claims takes
 SHORT_SECONDS = 15.0  # for what takes milliseconds in the network's thread
-MAX_KNOWN_ADDRESSES = 64
 ENTRY_ATTEMPTS = 5
 ROLLBACK_PAUSE_SECONDS = 2.0  # at random up to that, so that not all propose at once
 
@@ -200,7 +202,7 @@ class Session:
             reachability=config.reachability,
             announce_maddrs=config.announce_maddrs,
             initial_peers=config.initial_peers,
-            remembered_peers=_load_addresses(self._dir / "known_peers.json"),
+            remembered_peers=kept_addresses(self._dir),
             max_upload_bytes_per_second=config.max_upload_bytes_per_second,
             admission=self._admission,
         )
@@ -894,9 +896,9 @@ class Session:
         )
         addresses = [address for m in self._agreement.live() for address in m.record.addresses]
         if addresses:
-            file = self._dir / "known_peers.json"  # who is silent now may be back when I am
-            known = dict.fromkeys((*addresses, *_load_addresses(file)))
-            write_text(file, json.dumps(list(known)[:MAX_KNOWN_ADDRESSES]))
+            # who is silent now may be back when I am
+            known = dict.fromkeys((*addresses, *kept_addresses(self._dir)))
+            write_text(self._dir / ADDRESSES_NAME, json.dumps(list(known)[:MAX_KNOWN_ADDRESSES]))
 
     def _unload(self) -> None:
         """Read what the checkpoint holds from there when it is needed: finetuning needs the memory."""
@@ -1067,13 +1069,3 @@ def _load_promise(path: Path) -> Promise | None:
         return parse_record(parse_json(path.read_bytes()), Promise)
     except (OSError, RecordError):
         return None
-
-
-def _load_addresses(path: Path) -> tuple[str, ...]:
-    """Addresses of peers met earlier, so that a peer comes back even when its entry point is gone."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return ()
-    addresses = value if isinstance(value, list) else []
-    return tuple(address for address in addresses if isinstance(address, str))[:MAX_KNOWN_ADDRESSES]

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # of checkpoint.json
 NUM_KEPT_STATES = 2  # the newest, and the one before it: a commit can still be rolled back
+ADDRESSES_NAME = "known_peers.json"
+MAX_KNOWN_ADDRESSES = 64  # in it
 NUM_CARD_ROUNDS = 50  # rows of the lineage table; the whole chain is in the checkpoint
 
 _METADATA = "checkpoint.json"
@@ -430,6 +432,53 @@ def is_kept(score: float, best: float | None) -> bool:
     if best is None or math.isnan(best):
         return True
     return score >= best
+
+
+# --- for who only looks: nothing is written, and no other process is kept out
+
+
+def kept_run(directory: Path) -> str | None:
+    """Digest of the run whose checkpoints `directory` holds; None: there are none.
+
+    Raises StateError as `CheckpointStore` does.
+    """
+    for path in _checkpoint_paths(directory):
+        try:
+            return str(_read_metadata(path)["run_digest"])
+        except _BrokenCheckpointError:
+            continue
+    return None
+
+
+def kept_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest complete one, or None. Raises StateError as `CheckpointStore.load` does."""
+    for path in _checkpoint_paths(directory):
+        try:
+            return _read_checkpoint(path)
+        except _BrokenCheckpointError as error:
+            logger.info("checkpoint %s is broken: %s", path, error)
+    return None
+
+
+def kept_addresses(directory: Path) -> tuple[str, ...]:
+    """Of peers met earlier, so that a peer comes back even when its entry point is gone."""
+    try:
+        value = json.loads((directory / ADDRESSES_NAME).read_bytes())
+    except (OSError, ValueError):
+        return ()
+    addresses = value if isinstance(value, list) else []
+    return tuple(address for address in addresses if isinstance(address, str))[:MAX_KNOWN_ADDRESSES]
+
+
+def _checkpoint_paths(directory: Path) -> list[Path]:
+    """Newest first."""
+    try:
+        found = [path for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StateError(f"cannot read {directory}: {error.strerror}; fix its permissions") from error
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 # --- the directory and its lock

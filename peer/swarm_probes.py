@@ -21,7 +21,7 @@ from coordinator.board import BoardValidator, board_key
 from coordinator.errors import AccessError, NetworkError, SpecError
 from coordinator.identity import Identity, load_identity
 from coordinator.membership import CLOCK_DIFFERENCE_SECONDS, TRAINING_PHASES
-from coordinator.network import Network, NetworkConfig, PeerUnreachable
+from coordinator.network import Network, NetworkConfig, PeerUnreachable, is_entry_address
 from coordinator.outgoing import Recorder, ignore
 from coordinator.records import PeerRecord, RecordError, open_signed, parse_json
 from coordinator.spec import RunSpec
@@ -50,7 +50,8 @@ class ProbeNetwork(Network):
 
     def __init__(self, config: NetworkConfig, record: Recorder = ignore) -> None:
         super().__init__(config, record)
-        self.answers: dict[str, str | None] = {}  # by address; None: it answers
+        self.answers: dict[str, str | None] = {}  # of entry points, by address; None: it answers
+        self.remembered: dict[str, str | None] = {}  # the same of peers met before
 
     def __enter__(self) -> ProbeNetwork:
         super().__enter__()
@@ -58,15 +59,20 @@ class ProbeNetwork(Network):
 
     async def _dial_entry_points(self) -> list[str]:
         given = self._config.initial_peers
-        reasons = await asyncio.gather(*(self._dial(address, DIAL_SECONDS) for address in given))
-        self.answers = dict(zip(given, reasons, strict=True))
-        return [address for address, why in self.answers.items() if why is None]
+        met = [a for a in self._config.remembered_peers if a not in given and is_entry_address(a)]
+        reasons = await asyncio.gather(*(self._dial(address, DIAL_SECONDS) for address in (*given, *met)))
+        self.answers = dict(zip(given, reasons, strict=False))
+        self.remembered = dict(zip(met, reasons[len(given) :], strict=True))
+        return [a for a, why in (*self.answers.items(), *self.remembered.items()) if why is None]
 
 
-def make_network(config: PeerConfig, folder: Path, record: Recorder = ignore) -> ProbeNetwork:
+def make_network(
+    config: PeerConfig, folder: Path, record: Recorder = ignore, *, remembered: tuple[str, ...] = ()
+) -> ProbeNetwork:
     """As the peer would have it, but under an identity of its own. Entering it raises NetworkError.
 
-    Raises AccessError when the invite to a private run is of no use.
+    `remembered`: addresses of peers met before. Raises AccessError when the invite to a private run is of no
+    use.
     """
     identity = _probe_identity(config, folder)
     return ProbeNetwork(
@@ -76,6 +82,7 @@ def make_network(config: PeerConfig, folder: Path, record: Recorder = ignore) ->
             host_maddrs=config.host_maddrs,
             announce_maddrs=config.announce_maddrs,
             initial_peers=config.initial_peers,
+            remembered_peers=remembered,
             listens=config.listens,
             reachability=config.reachability,
             startup_timeout_seconds=DAEMON_SECONDS,
@@ -169,9 +176,9 @@ class HeartbeatLog:
             self._newest[peer_id] = Heartbeat(peer_id, record, sample, is_fresh=known is not None)
 
 
-def find_spec(network: ProbeNetwork, config: PeerConfig) -> RunSpec:
-    """Of the first entry point that gives one. Raises SpecError, NetworkError."""
-    return ask_spec(network, network.entry_points, config.run_digest)
+def find_spec(network: ProbeNetwork, digest: str | None) -> RunSpec:
+    """Of the first entry point that gives one, `digest` if that is known. Raises SpecError, NetworkError."""
+    return ask_spec(network, network.entry_points, digest)
 
 
 def glance(
@@ -187,7 +194,7 @@ def glance(
         try:
             with make_network(config, Path(folder), record) as network:
                 check()
-                spec = find_spec(network, config)
+                spec = find_spec(network, config.run_digest)
                 log = HeartbeatLog(network, spec)
                 network.run(log.start(), timeout_seconds=DAEMON_SECONDS, check=check)
                 network.run(log.read_first(), timeout_seconds=2 * FIRST_HEARTBEATS_SECONDS, check=check)
@@ -219,11 +226,12 @@ def answering(network: ProbeNetwork) -> set[str]:
     return {peer_id for peer_id in network.run(ask_all(), timeout_seconds=2 * CALL_SECONDS) if peer_id}
 
 
-def swarm_figures(spec: RunSpec, heartbeats: Sequence[Heartbeat]) -> SwarmFigures:
+def swarm_figures(spec: RunSpec, heartbeats: Sequence[Heartbeat], round_: int = 0) -> SwarmFigures:
+    """`round_`: of which this peer knows itself."""
     return SwarmFigures(
         run_name=spec.run_name,
         digest=spec.digest,
-        round=max((h.record.round for h in heartbeats), default=0),
+        round=max((h.record.round for h in heartbeats), default=round_),
         num_rounds=spec.num_rounds,
         num_trainers=sum(h.record.phase in TRAINING_PHASES for h in heartbeats),
         min_peers=spec.min_peers,
@@ -242,10 +250,11 @@ def find_reach(network: ProbeNetwork, config: PeerConfig, folder: Path) -> Reach
         some = tuple(address for address in own if scope_of(address) == scope)
         if not some or answered:
             continue
-        dialled = _dial_from_outside(some, folder)
-        answered += [address for address, why in dialled.items() if why is None]
-        refused += [address for address, why in dialled.items() if why is not None]
-    reached = [address for address, why in network.answers.items() if why is None]
+        found = _dial_from_outside(some, folder)
+        answered += [address for address, why in found.items() if why is None]
+        refused += [address for address, why in found.items() if why is not None]
+    dialled = {**network.answers, **network.remembered}
+    reached = [address for address, why in dialled.items() if why is None]
     return Reach(
         listens=config.listens,
         reachability=config.reachability,

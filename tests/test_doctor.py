@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,11 +28,13 @@ from coordinator.chain import Chain
 from coordinator.errors import DataError
 from coordinator.identity import load_identity
 from coordinator.network import Network
+from coordinator.spec import RunSpec
 from peer import probes
 from peer.checkup import Batch, Check
 from peer.doctor import Lines, Worker, examine, main, parse
-from peer.genesis import make_run, serve_run
+from peer.genesis import State, make_run, serve_run
 from peer.join import add_join_arguments, make_config, make_manners
+from peer.state import Checkpoint, CheckpointStore
 from scripts.swarm_processes import LocalSwarm
 from tests.fakes import CALL_SECONDS, addresses, network_config, peer
 from tests.tiny_models import FAMILIES, make_model_dir, make_texts
@@ -53,6 +56,9 @@ class Swarm:
     address: str
     pretrained: Path
     data: Path
+    spec: RunSpec
+    state: State
+    base: Path
 
 
 @contextmanager
@@ -79,7 +85,8 @@ def serving(directory: Path, *, shift_seconds: float = 0.0) -> Iterator[Swarm]:
         serve_run(network, spec, directory / "base", {state.state_hash: state}.get)
         network.run(network.start_dht(BoardValidator(spec.digest)), timeout_seconds=CALL_SECONDS)
         network.run(agreement.start(), timeout_seconds=CALL_SECONDS)
-        yield Swarm(addresses(network)[0], pretrained, write_data(directory / "data.jsonl"))
+        data = write_data(directory / "data.jsonl")
+        yield Swarm(addresses(network)[0], pretrained, data, spec, state, directory / "base")
         network.run(agreement.leave(), timeout_seconds=CALL_SECONDS)
 
 
@@ -105,17 +112,21 @@ def examined(output_dir: Path, *flags: str) -> dict[str, Check]:
     """By name; the last of several entry points. In JSON lines there is the same."""
     stream = io.StringIO()
     lines = Lines(stream)
-    before, folders = children(), own_folders()
+    before, folders, there = children(), own_folders(), contents(output_dir)
     training = ["--batch-size", "8", "--max-length", "32", "--output-dir", str(output_dir)]
     examine(parse([*flags, *LOOPBACK, *training]), lines)
     assert children() <= before
     assert own_folders() <= folders
-    assert not output_dir.exists()
+    assert contents(output_dir) == there
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == [
         c.to_json() for c in lines.checks
     ]
     assert "cold-doctor-" not in stream.getvalue()
     return {check.name: check for check in lines.checks}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def children() -> set[int]:
@@ -195,6 +206,73 @@ def test_a_model_that_only_the_peers_have(tmp_path: Path) -> None:
     assert failures(checks) == set()
     assert checks["model"].figures["source"] == "peers"
     assert "speed" in checks
+
+
+# ---- a run that is resumed
+
+
+def keep(swarm: Swarm, output_dir: Path, *known_peers: str) -> Path:
+    """What a peer of this run leaves in its output directory."""
+    layout = swarm.state.manifest.layout
+    with CheckpointStore(output_dir) as store:
+        store.save(Checkpoint(run_digest=swarm.spec.digest, round=2, layout=layout, flat=swarm.state.flat))
+    (output_dir / "run.toml").write_text(swarm.spec.to_toml())
+    (output_dir / "known_peers.json").write_text(json.dumps(known_peers))
+    shutil.copytree(swarm.base, output_dir / "base")
+    load_identity(output_dir / "identity.key")
+    return output_dir
+
+
+def test_resuming_looks_at_the_peers_met_before_and_at_what_is_kept(swarm: Swarm, tmp_path: Path) -> None:
+    out = keep(swarm, tmp_path / "out", DEAD, swarm.address)
+    checks = examined(out, "--data", str(swarm.data))  # no --initial-peers
+    assert failures(checks) == set()
+    assert checks["resume"].message == f"test {swarm.spec.digest[:8]}, from round 2"
+    assert checks["entry point"].message == "1 of 2 addresses of peers met before answer"
+    assert (checks["model"].status, checks["model"].figures["source"]) == ("ok", "kept")
+    assert {"run", "reachable", "speed", "traffic", "round", "clock"} <= checks.keys()
+
+
+def test_resuming_where_nobody_answers_is_a_warning_and_nothing_is_said_to_come_from_peers(
+    swarm: Swarm, tmp_path: Path
+) -> None:
+    out = keep(swarm, tmp_path / "out", DEAD)
+    checks = examined(out, "--data", str(swarm.data))
+    assert failures(checks) == set()
+    assert checks["entry point"].status == "warning"
+    assert "go on alone" in checks["entry point"].fix
+    assert checks["run"].message.startswith(f"test {swarm.spec.digest[:8]}, round 2/3")
+    assert checks["model"].figures["source"] == "kept"
+    assert "speed" in checks
+    assert "clock" not in checks
+
+
+def test_resuming_without_the_files_of_the_model_and_without_peers(tmp_path: Path) -> None:
+    with serving(tmp_path / "swarm") as swarm:
+        out = keep(swarm, tmp_path / "out")
+        swarm.pretrained.rename(tmp_path / "away")
+    shutil.rmtree(out / "base")
+    checks = examined(out, "--data", str(swarm.data))
+    assert checks["entry point"].message == "no address of another peer is known"
+    assert (checks["model"].status, checks["model"].figures["source"]) == ("warning", "nowhere")
+    assert "speed" not in checks
+
+
+def test_another_run_than_the_one_kept_is_told(swarm: Swarm, tmp_path: Path) -> None:
+    out = keep(swarm, tmp_path / "out", swarm.address)
+    checks = examined(out, "--data", str(swarm.data), "--run", "0" * 64)
+    assert failures(checks) == {"resume", "run"}
+    assert f"holds the run {swarm.spec.digest}, not 000" in checks["resume"].message
+    assert checks["resume"].fix == "choose another --output-dir"
+
+
+def test_a_directory_without_a_checkpoint_cannot_be_resumed(swarm: Swarm, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.toml").write_text(swarm.spec.to_toml())
+    checks = examined(out, "--data", str(swarm.data))
+    assert failures(checks) == {"resume"}
+    assert checks["resume"].message == f"{out} holds no checkpoint to resume"
 
 
 def test_the_flags_are_those_of_join() -> None:

@@ -16,8 +16,8 @@ from coordinator.invite import main
 from coordinator.network import Network
 from coordinator.organizer import default_key_path, first_invite, load_organizer
 from peer.doctor import parse as parse_doctor
-from peer.join import _check_private, make_config
 from peer.join import _parse as parse_join
+from peer.join import check_private, make_config
 from tests.fakes import make_spec, peer
 from tests.private_runs import DAY, invite, private_spec
 
@@ -212,9 +212,9 @@ def test_an_open_run_is_not_taken_for_a_private_one(made: Invite, tmp_path: Path
         parse_join([*flags, "--invite", made.to_text()])
     (tmp_path / "run.toml").write_text(make_spec().to_toml())
     with pytest.raises(UsageError, match="holds a public run"):
-        _check_private(make_config(parse_join(flags)))
+        check_private(make_config(parse_join(flags)))
     (tmp_path / "run.toml").write_text(private_spec().to_toml())
-    _check_private(make_config(parse_join(flags)))
+    check_private(make_config(parse_join(flags)))
 
 
 def test_any_command_can_take_it_and_from_a_file(made: Invite, tmp_path: Path) -> None:

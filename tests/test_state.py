@@ -28,11 +28,15 @@ from safetensors.torch import load_file
 from coordinator.errors import StateError
 from peer.layout import TensorLayout, make_manifest
 from peer.state import (
+    MAX_KNOWN_ADDRESSES,
     Checkpoint,
     CheckpointStore,
     KeptModel,
     append_json_line,
     is_kept,
+    kept_addresses,
+    kept_checkpoint,
+    kept_run,
     kept_score,
     recover_directory,
     repair_json_lines,
@@ -117,6 +121,29 @@ def test_an_empty_directory_holds_nothing_and_belongs_to_no_run(tmp_path: Path) 
     with CheckpointStore(tmp_path / "a" / "b", run_digest=RUN) as store:
         assert store.load() is None
         assert store.run_digest is None
+
+
+def test_looking_needs_no_lock_and_writes_nothing(tmp_path: Path) -> None:
+    assert (kept_run(tmp_path), kept_checkpoint(tmp_path)) == (None, None)
+    assert kept_run(tmp_path / "nowhere") is None
+    assert list(tmp_path.iterdir()) == []
+    save(tmp_path, 1, 2)
+    cut(checkpoint_directories(tmp_path)[-1] / "backbone.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    with CheckpointStore(tmp_path):  # as a running peer has it
+        assert kept_run(tmp_path) == make_checkpoint(1).run_digest
+        assert_same(kept_checkpoint(tmp_path), make_checkpoint(1))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["[", "{}", '{"a": 1}', "7"])
+def test_addresses_that_cannot_be_read_are_none(text: str, tmp_path: Path) -> None:
+    assert kept_addresses(tmp_path) == ()
+    (tmp_path / "known_peers.json").write_text(text)
+    assert kept_addresses(tmp_path) == ()
+    (tmp_path / "known_peers.json").write_text(json.dumps(["/ip4/1.2.3.4/tcp/1", 7, *map(str, range(99))]))
+    assert kept_addresses(tmp_path)[:2] == ("/ip4/1.2.3.4/tcp/1", "0")
+    assert len(kept_addresses(tmp_path)) == MAX_KNOWN_ADDRESSES
 
 
 def test_every_bit_comes_back(tmp_path: Path) -> None:
