@@ -63,11 +63,15 @@ class Admission:
         peer_id: str,
         credential: Credential | None,
         file: Path | None = None,
+        keeps: bool = True,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`file`: where the revocations are kept. Raises StateError when it is there and not readable."""
+        """`file`: where the revocations are; new ones are kept there, unless not `keeps`.
+
+        Raises StateError when it is there and not readable.
+        """
         self.run, self.organizer, self.peer_id, self.credential = run, organizer, peer_id, credential
-        self._file, self._now = file, now
+        self._file, self._now = file if keeps else None, now
         self._admitted: OrderedDict[str, Credential] = OrderedDict()
         self._complained_at: OrderedDict[str, float] = OrderedDict()
         self._on_revoked: list[OnRevoked] = []
@@ -240,6 +244,39 @@ def admission_of(
     Raises AccessError when this peer has no valid credential. `output_dir`: where credential and revocations
     are kept; None: nowhere.
     """
+    admission = _found(spec, invite, identity, output_dir, organizer_key, keeps=True)
+    if admission is None:
+        return None
+    if output_dir is not None and admission.credential is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_private(output_dir / CREDENTIAL_NAME, admission.credential.canonical())
+    check_own(admission)
+    return admission
+
+
+def look_up_admission(
+    spec: RunSpec | None,
+    invite: Invite | None,
+    identity: Identity,
+    output_dir: Path | None,
+    organizer_key: Path | None = None,
+) -> Admission | None:
+    """The same for who only looks: nothing is written, neither now nor when a revocation is heard of."""
+    admission = _found(spec, invite, identity, output_dir, organizer_key, keeps=False)
+    if admission is not None:
+        check_own(admission)
+    return admission
+
+
+def _found(
+    spec: RunSpec | None,
+    invite: Invite | None,
+    identity: Identity,
+    output_dir: Path | None,
+    organizer_key: Path | None,
+    *,
+    keeps: bool,
+) -> Admission | None:
     credential: Credential | None
     if invite is not None:
         if spec is not None and spec.digest != invite.run:
@@ -251,16 +288,15 @@ def admission_of(
         credential = _own_credential(spec, organizer, identity, output_dir, organizer_key)
     else:
         return None
-    file = None
-    if output_dir is not None:
-        file = output_dir / REVOCATIONS_NAME
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_private(output_dir / CREDENTIAL_NAME, credential.canonical())
-    admission = Admission(
-        run=run, organizer=organizer, peer_id=identity.peer_id, credential=credential, file=file
+    file = None if output_dir is None else output_dir / REVOCATIONS_NAME
+    return Admission(
+        run=run,
+        organizer=organizer,
+        peer_id=identity.peer_id,
+        credential=credential,
+        file=file,
+        keeps=keeps,
     )
-    check_own(admission)
-    return admission
 
 
 def check_own(admission: Admission, *, within_seconds: float = 0.0) -> None:

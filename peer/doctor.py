@@ -296,7 +296,8 @@ class Examination:
         from peer.swarm_probes import make_network
 
         remembered = kept_addresses(self._config.output_dir) if self._has_output_dir else ()
-        network = make_network(self._config, self._folder, remembered=remembered)
+        kept = None if self._kept is None else self._kept.spec
+        network = make_network(self._config, self._folder, kept=kept, remembered=remembered)
         self._stack.enter_context(network)
         self._network = network
         checks = judge_entries(network.answers, network.remembered)

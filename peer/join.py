@@ -397,7 +397,6 @@ def make_config(args: argparse.Namespace) -> PeerConfig:
 
 def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter, stop: StopSwitch) -> None:
     """What `peer.doctor` looks at and takes a second. Raises SwarmError; warnings are told and it goes on."""
-    from coordinator.admission import CREDENTIAL_NAME
     from coordinator.spec import load_spec
     from peer.checkup import judge_clock_at_a_glance, raise_failure
     from peer.ledger_file import LEDGER_NAME, Ledger
@@ -406,8 +405,7 @@ def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter,
     from peer.swarm_probes import glance
 
     clock: list[Check] = []
-    is_member = config.invite is None and (config.output_dir / CREDENTIAL_NAME).exists()
-    if spec is None and config.initial_peers and not is_member:
+    if spec is None and config.initial_peers:
         try:
             with Ledger(config.output_dir / LEDGER_NAME) as ledger:
                 spec, clocks = glance(config, stop.check, ledger.sent)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.admission import admission_of
+from coordinator.admission import look_up_admission
 from coordinator.board import BoardValidator, board_key
 from coordinator.errors import AccessError, NetworkError, SpecError
 from coordinator.identity import Identity, load_identity
@@ -28,7 +28,7 @@ from coordinator.spec import RunSpec
 from coordinator.transfer import Piece, fetch_blob
 from peer.checkup import ClockSample, Reach, Scope, SwarmFigures, heartbeat_sample, scope_of
 from peer.config import PeerConfig
-from peer.genesis import ask_spec, get_state
+from peer.genesis import ask_spec, get_state, kept_spec
 from peer.layout import TensorLayout
 
 logger = logging.getLogger(__name__)
@@ -67,18 +67,25 @@ class ProbeNetwork(Network):
 
 
 def make_network(
-    config: PeerConfig, folder: Path, record: Recorder = ignore, *, remembered: tuple[str, ...] = ()
+    config: PeerConfig,
+    folder: Path,
+    record: Recorder = ignore,
+    *,
+    kept: RunSpec | None = None,
+    remembered: tuple[str, ...] = (),
 ) -> ProbeNetwork:
-    """As the peer would have it, but under an identity of its own. Entering it raises NetworkError.
+    """As the peer would have it. Entering it raises NetworkError.
 
-    `remembered`: addresses of peers met before. Raises AccessError when the invite to a private run is of no
-    use.
+    It has an identity of its own, unless a private run lets in nobody but the peer itself. `kept`: the run
+    that the peer would resume; `remembered`: addresses of peers met before. Raises StateError, and
+    AccessError when neither invite nor kept credential lets in.
     """
-    identity = _probe_identity(config, folder)
+    identity = _probe_identity(config, folder, kept)
+    output_dir = None if kept is None else config.output_dir  # of an invite alone nothing is there yet
     return ProbeNetwork(
         NetworkConfig(
             identity=identity,
-            admission=admission_of(None, config.invite, identity, None),
+            admission=look_up_admission(kept, config.invite, identity, output_dir, config.organizer_key),
             host_maddrs=config.host_maddrs,
             announce_maddrs=config.announce_maddrs,
             initial_peers=config.initial_peers,
@@ -91,14 +98,15 @@ def make_network(
     )
 
 
-def _probe_identity(config: PeerConfig, folder: Path) -> Identity:
-    """The peer's own where the invite lets in nobody else; it is not made here."""
+def _probe_identity(config: PeerConfig, folder: Path, kept: RunSpec | None) -> Identity:
+    """The peer's own where an invite, or what is kept of one, lets in nobody else; it is not made here."""
     for_peer = config.invite.for_peer if config.invite is not None else None
-    if for_peer is None:
-        return load_identity(folder / "probe.key")
-    if not config.identity_file.is_file():
+    is_member = config.invite is None and kept is not None and kept.organizer is not None
+    if (for_peer is not None or is_member) and config.identity_file.is_file():
+        return load_identity(config.identity_file)
+    if for_peer is not None:
         raise AccessError(f"the invite is for the peer {for_peer}: its key is not at {config.identity_file}")
-    return load_identity(config.identity_file)
+    return load_identity(folder / "probe.key")
 
 
 # ---- the run and its members ----------------------------------------------------------------------
@@ -188,13 +196,14 @@ def glance(
 
     (None, None) where nobody answers: the session tries longer, and knows more addresses. No clocks where
     there is not one heartbeat; None where there are, but whose authors may be dead. `check` is called while
-    waiting and may raise; `record` is told what is sent.
+    waiting and may raise; `record` is told what is sent. Raises AccessError, StateError.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with make_network(config, Path(folder), record) as network:
+            kept = kept_spec(config.output_dir)
+            with make_network(config, Path(folder), record, kept=kept) as network:
                 check()
-                spec = find_spec(network, config.run_digest)
+                spec = find_spec(network, kept.digest if kept is not None else config.run_digest)
                 log = HeartbeatLog(network, spec)
                 network.run(log.start(), timeout_seconds=DAEMON_SECONDS, check=check)
                 network.run(log.read_first(), timeout_seconds=2 * FIRST_HEARTBEATS_SECONDS, check=check)

@@ -21,6 +21,7 @@ from coordinator.admission import (
     NotAdmittedError,
     admission_of,
     check_own,
+    look_up_admission,
 )
 from coordinator.board import BoardValidator, board_key, revocations_key
 from coordinator.chain import Chain
@@ -277,6 +278,24 @@ def test_who_came_by_an_invite_comes_back_without_it(tmp_path: Path) -> None:
     other = load_identity(tmp_path / "other.key")
     with pytest.raises(AccessError, match="another peer's"):
         admission_of(SPEC, None, other, tmp_path)
+
+
+def test_looking_writes_nothing_and_finds_the_same(tmp_path: Path) -> None:
+    me, out = load_identity(tmp_path / "me.key"), tmp_path / "out"
+    made = invite(RUN, expires_at=2e9)
+    assert look_up_admission(None, made, me, out) is not None
+    assert not out.exists()
+    kept = admission_of(None, made, me, out)
+    looked = look_up_admission(SPEC, None, me, out)
+    assert kept is not None
+    assert looked is not None
+    assert looked.credential == kept.credential
+    assert looked.learn(revocations(RUN, {peer("gone")}).to_bytes())
+    assert looked.version == 1
+    assert sorted(path.name for path in out.iterdir()) == [CREDENTIAL_NAME]
+    with pytest.raises(AccessError, match="the run test is private"):
+        look_up_admission(SPEC, None, me, tmp_path / "elsewhere")
+    assert look_up_admission(make_spec(), None, me, out) is None
 
 
 def test_without_an_invite_a_private_run_says_what_to_do(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ import pytest
 from rich.console import Console
 from transformers import AutoConfig
 
+from coordinator.admission import CREDENTIAL_NAME, admission_of
 from coordinator.agreement import Agreement
 from coordinator.board import BoardValidator
 from coordinator.chain import Chain
+from coordinator.credentials import make_invite
 from coordinator.errors import DataError
 from coordinator.identity import load_identity
 from coordinator.network import Network
@@ -62,8 +64,13 @@ class Swarm:
 
 
 @contextmanager
-def serving(directory: Path, *, shift_seconds: float = 0.0) -> Iterator[Swarm]:
-    """What `coordinator.start` runs, in this process; its heartbeats by a clock of its own."""
+def serving(
+    directory: Path, *, shift_seconds: float = 0.0, organizer_key: Path | None = None
+) -> Iterator[Swarm]:
+    """What `coordinator.start` runs, in this process; its heartbeats by a clock of its own.
+
+    With `organizer_key` the run is private.
+    """
 
     class Shifted(Network):
         @staticmethod
@@ -77,13 +84,17 @@ def serving(directory: Path, *, shift_seconds: float = 0.0) -> Iterator[Swarm]:
         "num_rounds": 3,
         "round_examples": 64,
         "lease_seconds": 5.0,
+        "organizer": None if organizer_key is None else load_identity(organizer_key).peer_id,
     }
     spec, state = make_run(str(pretrained), None, options, directory / "base")
     identity = load_identity(directory / "key")
-    with Shifted(network_config(directory / "key")) as network:
+    admission = admission_of(spec, None, identity, directory, organizer_key)
+    with Shifted(network_config(directory / "key", admission=admission)) as network:
         agreement = Agreement(network, identity, Chain(spec), serves_only=True)
         serve_run(network, spec, directory / "base", {state.state_hash: state}.get)
-        network.run(network.start_dht(BoardValidator(spec.digest)), timeout_seconds=CALL_SECONDS)
+        network.run(
+            network.start_dht(BoardValidator(spec.digest, admission=admission)), timeout_seconds=CALL_SECONDS
+        )
         network.run(agreement.start(), timeout_seconds=CALL_SECONDS)
         data = write_data(directory / "data.jsonl")
         yield Swarm(addresses(network)[0], pretrained, data, spec, state, directory / "base")
@@ -273,6 +284,59 @@ def test_a_directory_without_a_checkpoint_cannot_be_resumed(swarm: Swarm, tmp_pa
     checks = examined(out, "--data", str(swarm.data))
     assert failures(checks) == {"resume"}
     assert checks["resume"].message == f"{out} holds no checkpoint to resume"
+
+
+# ---- a private run
+
+
+@pytest.fixture(scope="module")
+def organizer_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("organizer") / "organizer.key"
+
+
+@pytest.fixture(scope="module")
+def private_swarm(tmp_path_factory: pytest.TempPathFactory, organizer_key: Path) -> Iterator[Swarm]:
+    with serving(tmp_path_factory.mktemp("private"), organizer_key=organizer_key) as found:
+        yield found
+
+
+def let_in(swarm: Swarm, output_dir: Path, organizer_key: Path) -> None:
+    """What is left of an invite after a first `join`."""
+    made = make_invite(load_identity(organizer_key), swarm.spec.digest, (), expires_at=2e9)
+    admission_of(None, made, load_identity(output_dir / "identity.key"), output_dir)
+
+
+def no_text(directory: Path) -> str:
+    """Data of which nothing can be finetuned, which saves time."""
+    (directory / "bad.csv").write_text("text\n")
+    return str(directory / "bad.csv")
+
+
+def test_a_member_is_looked_at_by_its_kept_credential(
+    private_swarm: Swarm, organizer_key: Path, tmp_path: Path
+) -> None:
+    out = keep(private_swarm, tmp_path / "out")
+    let_in(private_swarm, out, organizer_key)
+    flags = ["--data", no_text(tmp_path), "--organizer-key", str(tmp_path / "none.key")]
+    checks = examined(out, "--initial-peers", private_swarm.address, *flags)
+    assert failures(checks) == {"data"}
+    assert {"run", "clock", "traffic"} <= checks.keys()
+    (out / CREDENTIAL_NAME).unlink()
+    checks = examined(out, "--initial-peers", private_swarm.address, *flags)
+    assert failures(checks) == {"data", "p2p"}
+    assert (
+        checks["p2p"].message
+        == "the run test is private: join with --invite STRING, which its organizer makes"
+    )
+
+
+def test_the_organizers_own_peer_is_looked_at_by_its_key(
+    private_swarm: Swarm, organizer_key: Path, tmp_path: Path
+) -> None:
+    out = keep(private_swarm, tmp_path / "out", private_swarm.address)
+    checks = examined(out, "--data", no_text(tmp_path), "--organizer-key", str(organizer_key))
+    assert failures(checks) == {"data"}
+    assert checks["run"].status == "ok"
 
 
 def test_the_flags_are_those_of_join() -> None:

@@ -20,7 +20,7 @@ from peer.display import Reporter
 from peer.stopping import StopSwitch
 from scripts.swarm_processes import LocalSwarm
 from tests.fakes import make_spec
-from tests.test_doctor import DEAD, LOOPBACK, serving
+from tests.test_doctor import DEAD, LOOPBACK, keep, let_in, serving
 from tests.test_swarm import START_SECONDS, start_peer, write_task
 from tests.tiny_models import make_model_dir
 
@@ -75,6 +75,15 @@ def test_a_clock_that_is_wrong_ends_it_before_anything_is_downloaded(tmp_path: P
         pytest.raises(NetworkError, match=r"behind 1 peer; at most 10 s"),
     ):
         check(tmp_path / "out", None, "--initial-peers", swarm.address)
+
+
+def test_the_clock_of_a_member_of_a_private_run_is_looked_at_as_well(tmp_path: Path) -> None:
+    key = tmp_path / "organizer.key"
+    with serving(tmp_path / "swarm", shift_seconds=20.0, organizer_key=key) as swarm:
+        out = keep(swarm, tmp_path / "out")
+        let_in(swarm, out, key)
+        with pytest.raises(NetworkError, match=r"behind 1 peer; at most 10 s"):
+            check(out, None, "--initial-peers", swarm.address)
 
 
 def test_a_clock_ahead_by_more_than_a_lease_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
