@@ -334,38 +334,63 @@ def judge_lengths(num_rows: int, num_cut: int, max_length: int, longest: int, nu
 # ---- the swarm ------------------------------------------------------------------------------------
 
 
-def judge_entries(
-    answers: Mapping[str, str | None], remembered: Mapping[str, str | None] | None = None
-) -> list[Check]:
-    """One line for each entry point: by address, why it does not answer. Then one for all met before.
+@dataclass(frozen=True)
+class EntryPoint:
+    """What came of dialling one address, and of asking the peer there for its run."""
 
-    A dead one is only a warning where another one answers.
+    address: str
+    why_not: str | None = None  # it was not reached
+    run: str | None = None  # digest of the run that it is in
+    is_refusing: bool = False  # it is in a private run, and does not let this peer in
+
+
+def judge_entries(
+    given: Sequence[EntryPoint], remembered: Sequence[EntryPoint] = (), wanted: str | None = None
+) -> list[Check]:
+    """One line for each entry point, and one for all peers met before. `wanted`: digest of the run.
+
+    Which run a peer is in tells its process: a connection is only its daemon's. What is wrong with one is
+    only a warning where another one is well.
     """
-    remembered = remembered or {}
-    one_answers = None in answers.values() or None in remembered.values()
-    checks = []
-    for address, why_not in answers.items():
-        name, figures = short_address(address), {"address": address}
-        if why_not is None:
-            checks.append(Check("entry point", "ok", f"{name} answers", figures=figures))
-        elif one_answers:
-            fix = "another one answers, that is enough"
-            checks.append(Check("entry point", "warning", f"{name}: {why_not}", fix, figures))
-        else:
-            fix = "ask for its present address; any other peer's will do"
-            checks.append(Check("entry point", "failure", f"{name}: {why_not}", fix, figures))
-    return [*checks, *_judge_remembered(remembered, one_answers, has_others=bool(answers))]
+    is_one_well = any(_is_well(entry, wanted) for entry in (*given, *remembered))
+    checks = [_judge_entry(entry, wanted, is_one_well) for entry in given]
+    return [*checks, *_judge_remembered(remembered, wanted, is_one_well, has_others=bool(given))]
+
+
+def _is_well(entry: EntryPoint, wanted: str | None) -> bool:
+    return entry.why_not is None and entry.run is not None and entry.run == wanted
+
+
+def _judge_entry(entry: EntryPoint, wanted: str | None, is_one_well: bool) -> Check:
+    name, figures = short_address(entry.address), {"address": entry.address, "run": entry.run}
+    status: Status = "warning" if is_one_well else "failure"
+    enough = "another one answers, that is enough"
+    if entry.why_not is not None:
+        fix = enough if is_one_well else "ask for its present address; any other peer's will do"
+        return Check("entry point", status, f"{name}: {entry.why_not}", fix, figures)
+    if entry.is_refusing:
+        what, fix = f"{name}: it does not let you in", "ask the organizer of the run for an invite"
+        return Check("entry point", status, what, fix, figures)
+    if entry.run is None:
+        what = f"{name}: connected, but silent"
+        fix = enough if is_one_well else "its process hangs, or it is no peer: try another peer's address"
+        return Check("entry point", "warning", what, fix, figures)
+    if entry.run != wanted:
+        what = f"{name}: in another run, {entry.run[:DIGEST_CHARS]}"
+        fix = "leave it out; or check the address and --run with whoever gave them to you"
+        return Check("entry point", status, what, fix, figures)
+    return Check("entry point", "ok", f"{name} answers", figures=figures)
 
 
 def _judge_remembered(
-    answers: Mapping[str, str | None], one_answers: bool, *, has_others: bool
+    entries: Sequence[EntryPoint], wanted: str | None, is_one_well: bool, *, has_others: bool
 ) -> list[Check]:
-    if not answers:
+    if not entries:
         return []
-    num_answering = sum(why_not is None for why_not in answers.values())
-    figures = {"num_remembered": len(answers), "num_answering": num_answering}
-    what = f"{num_answering} of {len(answers)} addresses of peers met before answer"
-    if one_answers:
+    num_answering = sum(_is_well(entry, wanted) for entry in entries)
+    figures = {"num_remembered": len(entries), "num_answering": num_answering}
+    what = f"{num_answering} of {len(entries)} addresses of peers met before answer"
+    if is_one_well:
         return [Check("entry point", "ok", what, "", figures)]
     fix = "any other peer's address will do" if has_others else "you would go on alone: give --initial-peers"
     return [Check("entry point", "warning", what, fix, figures)]

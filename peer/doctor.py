@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from peer.data import TaskData
     from peer.layout import TensorLayout
     from peer.probes import KeptRun
-    from peer.swarm_probes import HeartbeatLog, ProbeNetwork
+    from peer.swarm_probes import Asked, HeartbeatLog, ProbeNetwork
 
 T = TypeVar("T")
 
@@ -198,6 +198,9 @@ class Examination:
         self._kept: KeptRun | None = None  # by --output-dir, to be resumed
         self._data: TaskData | None = None
         self._network: ProbeNetwork | None = None
+        self._wanted: str | None = None  # digest of the run, once it is known
+        self._asked: Asked | None = None
+        self._donors: list[str] = []  # entry points that are in the run
         self._spec: RunSpec | None = None
         self._log: HeartbeatLog | None = None  # of a swarm whose run is known
         self._model_dir: Path | None = None  # config and tokenizer
@@ -218,10 +221,13 @@ class Examination:
             self._do("resume", LOCAL_SECONDS, self._look_for_run)
         self._do("data", DATA_SECONDS, self._examine_data)
         self._do("p2p", NETWORK_SECONDS, self._examine_network)
+        if self._network is not None:
+            self._wanted = self._config.run_digest if self._kept is None else self._kept.spec.digest
+            self._do("entry point", NETWORK_SECONDS, self._examine_entries)
         begins = self._kept is None and not self._config.initial_peers and self._args.model is not None
         if begins:
             self._do("model", MODEL_SECONDS, self._examine_own_run)
-        elif self._network is not None and self._network.entry_points:
+        elif self._asked is not None and self._network is not None and self._network.entry_points:
             self._do("run", NETWORK_SECONDS, self._examine_run)
         elif self._kept is not None:
             self._do("run", LOCAL_SECONDS, self._examine_kept_run)
@@ -291,7 +297,7 @@ class Examination:
         return judge_data(data_figures(self._data))
 
     def _examine_network(self) -> list[Check]:
-        from peer.checkup import Check, judge_entries, judge_solitude
+        from peer.checkup import Check
         from peer.state import kept_addresses
         from peer.swarm_probes import make_network
 
@@ -300,18 +306,31 @@ class Examination:
         network = make_network(self._config, self._folder, kept=kept, remembered=remembered)
         self._stack.enter_context(network)
         self._network = network
-        checks = judge_entries(network.answers, network.remembered)
-        if self._kept is not None and not checks:
-            checks = [judge_solitude()]
-        return [Check("p2p", "ok", "the p2p daemon starts"), *checks]
+        return [Check("p2p", "ok", "the p2p daemon starts")]
+
+    def _examine_entries(self) -> list[Check]:
+        """Those that were dialled, and which run they are in. What is wrong with all is told by `run`."""
+        from peer.checkup import judge_entries, judge_solitude
+        from peer.swarm_probes import ask_entry_points
+
+        assert self._network is not None
+        network = self._network
+        self._asked = asked = ask_entry_points(network)
+        with suppress(SwarmError):
+            self._wanted = asked.find(network, self._wanted).digest
+        checks = judge_entries(
+            asked.entries(network.answers), asked.entries(network.remembered), self._wanted
+        )
+        return [judge_solitude()] if self._kept is not None and not checks else checks
 
     def _examine_run(self) -> list[Check]:
         from peer.checkup import judge_swarm
-        from peer.swarm_probes import DAEMON_SECONDS, HeartbeatLog, find_spec, swarm_figures
+        from peer.swarm_probes import DAEMON_SECONDS, HeartbeatLog, swarm_figures
 
         assert self._network is not None
-        wanted = self._config.run_digest if self._kept is None else self._kept.spec.digest
-        self._spec = find_spec(self._network, wanted)
+        assert self._asked is not None
+        self._spec = self._asked.find(self._network, self._wanted)
+        self._donors = self._asked.of_run(self._network, self._spec.digest)
         log = HeartbeatLog(self._network, self._spec)
         self._network.run(log.start(), timeout_seconds=DAEMON_SECONDS)
         self._network.run(log.read_first(), timeout_seconds=DAEMON_SECONDS)
@@ -373,7 +392,7 @@ class Examination:
             return self._model_dir
         found = find_config(self._spec, self._config.output_dir)
         if found is None and self._network is not None and self._log is not None:
-            folder, donors = self._folder / "config", self._network.entry_points
+            folder, donors = self._folder / "config", self._donors
             with suppress(NetworkError):  # then the batch is taken to be of a small model
                 name = ("config.json",)
                 fetch_files(self._network, self._spec, donors, folder, name, timeout_seconds=CALL_SECONDS)
@@ -392,7 +411,7 @@ class Examination:
             self._model_dir = found.directory
             self._backbone = (found.state.manifest.layout.backbone, found.state.backbone)
         elif self._network is not None and self._log is not None:
-            directory, donors = self._folder / "base", self._network.entry_points
+            directory, donors = self._folder / "base", self._donors
             fetch_files(self._network, self._spec, donors, directory)
             self._model_dir = directory
             layout = fetch_layout(self._network, self._spec, *self._log.newest_state(donors))
@@ -432,7 +451,7 @@ class Examination:
         assert self._spec is not None
         rate = None
         if self._network is not None and self._log is not None:
-            state_hash, donors = self._log.newest_state(self._network.entry_points)
+            state_hash, donors = self._log.newest_state(self._donors)
             rate = download_rate(self._network, self._spec, state_hash, donors)
         budget = self._budget()
         in_all = [] if self._speed is None else [judge_round(self._speed, rate, budget)]

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from coordinator.board import BoardValidator, board_key
 from coordinator.errors import AccessError, NetworkError, SpecError
 from coordinator.identity import Identity, load_identity
 from coordinator.membership import CLOCK_DIFFERENCE_SECONDS, TRAINING_PHASES
-from coordinator.network import Network, NetworkConfig, PeerUnreachable, is_entry_address
+from coordinator.network import Network, NetworkConfig, PeerRefuses, PeerUnreachable, is_entry_address
 from coordinator.outgoing import Recorder, ignore
 from coordinator.records import PeerRecord, RecordError, open_signed, parse_json
-from coordinator.spec import RunSpec
+from coordinator.spec import MAX_SPEC_BYTES, RunSpec, parse_spec
 from coordinator.transfer import Piece, fetch_blob
-from peer.checkup import ClockSample, Reach, Scope, SwarmFigures, heartbeat_sample, scope_of
+from peer.checkup import ClockSample, EntryPoint, Reach, Scope, SwarmFigures, heartbeat_sample, scope_of
 from peer.config import PeerConfig
 from peer.genesis import ask_spec, get_state, kept_spec
 from peer.layout import TensorLayout
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 DAEMON_SECONDS = 15.0  # p2pd needs up to that on a loaded machine, and a second on a quiet one
 DIAL_SECONDS = 5.0
 CALL_SECONDS = 5.0
+ASK_SECONDS = 8.0  # for the run spec; a peer may be busy with finetuning
 FIRST_HEARTBEATS_SECONDS = 4.0
 CLOCK_SECONDS = 10.0  # waiting for heartbeats that are new; they come six times in a lease
 LOOK_SECONDS = 0.25
@@ -187,6 +188,62 @@ class HeartbeatLog:
 def find_spec(network: ProbeNetwork, digest: str | None) -> RunSpec:
     """Of the first entry point that gives one, `digest` if that is known. Raises SpecError, NetworkError."""
     return ask_spec(network, network.entry_points, digest)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What entry points said when each was asked for its run."""
+
+    specs: Mapping[str, RunSpec]  # by peer id
+    refusing: frozenset[str]  # peers of a private run that do not let this one in
+
+    def find(self, network: ProbeNetwork, digest: str | None) -> RunSpec:
+        """The run to look at: as `join` finds it, but nobody is waited for who was silent just now.
+
+        Raises SpecError, AccessError, NetworkError.
+        """
+        for peer_id in network.entry_points:
+            spec = self.specs.get(peer_id)
+            if spec is not None and digest in (None, spec.digest):
+                return spec
+        answered = [p for p in network.entry_points if p in self.specs or p in self.refusing]
+        return ask_spec(network, answered, digest)  # which says what is wrong
+
+    def entries(self, answers: Mapping[str, str | None]) -> list[EntryPoint]:
+        """`answers`: by address, why it was not reached."""
+        found = []
+        for address, why_not in answers.items():
+            peer_id = address.rpartition("/p2p/")[2]
+            spec = self.specs.get(peer_id)
+            run = None if spec is None else spec.digest
+            found.append(EntryPoint(address, why_not, run, peer_id in self.refusing))
+        return found
+
+    def of_run(self, network: ProbeNetwork, digest: str) -> list[str]:
+        """Entry points that are in it."""
+        specs = self.specs
+        return [p for p in network.entry_points if p in specs and specs[p].digest == digest]
+
+
+def ask_entry_points(network: ProbeNetwork) -> Asked:
+    """All of those that were reached, at one time: a connection is their daemon's, an answer their own."""
+    specs: dict[str, RunSpec] = {}
+    refusing: set[str] = set()
+
+    async def ask(peer_id: str) -> None:
+        try:
+            reply = await network.call(peer_id, "spec", None, timeout_seconds=ASK_SECONDS)
+            specs[peer_id] = parse_spec(reply[: MAX_SPEC_BYTES + 1], source=f"the run spec of {peer_id[-8:]}")
+        except PeerRefuses:
+            refusing.add(peer_id)
+        except (PeerUnreachable, SpecError) as error:
+            logger.info("no run spec from an entry point: %s", error)
+
+    async def ask_all() -> None:
+        await asyncio.gather(*map(ask, network.entry_points))
+
+    network.run(ask_all(), timeout_seconds=2 * ASK_SECONDS)
+    return Asked(specs, frozenset(refusing))
 
 
 def glance(

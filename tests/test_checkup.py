@@ -14,6 +14,7 @@ from peer.checkup import (
     ClockSample,
     DataFigures,
     Device,
+    EntryPoint,
     ModelSize,
     Package,
     Reach,
@@ -263,11 +264,39 @@ def test_classes_are_named_cut_and_cleaned() -> None:
 LIVE, DEAD = f"/ip4/10.0.0.1/tcp/4001/p2p/{PEER}", f"/ip4/10.0.0.2/tcp/4001/p2p/{PEER}"
 
 
-def test_each_entry_point_is_named_and_one_that_answers_is_enough() -> None:
-    statuses = [c.status for c in judge_entries({LIVE: None, DEAD: "connection refused"})]
-    assert statuses == ["ok", "warning"]
-    [check] = judge_entries({DEAD: "connection refused"})
-    assert (check.status, check.message) == ("failure", "10.0.0.2:4001 …yXzZ9dHu: connection refused")
+RUN, OTHER_RUN = "ab" * 32, "cd" * 32
+WELL, GONE = EntryPoint(LIVE, None, RUN), EntryPoint(DEAD, "connection refused")
+SILENT, ELSEWHERE = EntryPoint(DEAD), EntryPoint(DEAD, None, OTHER_RUN)
+REFUSING = EntryPoint(DEAD, None, None, is_refusing=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "beside_one_that_is_well", "alone", "said"),
+    [
+        (WELL, "ok", "ok", " answers"),
+        (GONE, "warning", "failure", ": connection refused"),
+        (SILENT, "warning", "warning", ": connected, but silent"),
+        (ELSEWHERE, "warning", "failure", ": in another run, cdcdcdcd"),
+        (REFUSING, "warning", "failure", ": it does not let you in"),
+    ],
+)
+def test_each_entry_point_is_named_and_one_that_is_well_is_enough(
+    entry: EntryPoint, beside_one_that_is_well: str, alone: str, said: str
+) -> None:
+    first, second = judge_entries([WELL, entry], wanted=RUN)
+    assert (first.status, second.status) == ("ok", beside_one_that_is_well)
+    [check] = judge_entries([entry], wanted=RUN)
+    assert (check.status, bool(check.fix)) == (alone, alone != "ok")
+    assert check.message == f"{short_address(entry.address)}{said}"
+
+
+def test_peers_met_before_are_one_line() -> None:
+    [check] = judge_entries([], [WELL, GONE, SILENT, ELSEWHERE], RUN)
+    assert (check.status, check.message) == ("ok", "1 of 4 addresses of peers met before answer")
+    [check] = judge_entries([], [GONE, SILENT], RUN)
+    assert (check.status, check.fix) == ("warning", "you would go on alone: give --initial-peers")
+    given, met = judge_entries([GONE], [WELL], RUN)
+    assert (given.status, met.status) == ("warning", "ok")
 
 
 def test_a_run_that_is_over_is_told() -> None:
@@ -461,7 +490,7 @@ def test_model(source: Any, status: str) -> None:
 def test_lines_are_short_enough_for_80_columns() -> None:
     checks = [
         *judge_data(figures()),
-        *judge_entries({LIVE: None}),
+        *judge_entries([WELL], wanted=RUN),
         judge_swarm(SwarmFigures("emotions-of-2026", "0" * 64, 29, 30, 12, 3)),
         judge_clock(exactly(0.1)),
         judge_memory((9e9).__int__(), MINILM, Batch()),

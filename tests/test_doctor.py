@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from coordinator.errors import DataError
 from coordinator.identity import load_identity
 from coordinator.network import Network
 from coordinator.spec import RunSpec
-from peer import probes
+from peer import probes, swarm_probes
 from peer.checkup import Batch, Check
 from peer.doctor import Lines, Worker, examine, main, parse
 from peer.genesis import State, make_run, serve_run
@@ -80,7 +82,7 @@ def serving(
     pretrained = make_model_dir(directory / "pretrained")
     options = {
         "run_name": "test",
-        "created_at": 1.0,
+        "created_at": time.time(),
         "num_rounds": 3,
         "round_examples": 64,
         "lease_seconds": 5.0,
@@ -173,6 +175,29 @@ def test_a_dead_entry_point_is_named_and_the_rest_is_looked_at(swarm: Swarm, tmp
     assert failures(checks) == {"entry point"}
     assert checks["entry point"].message == f"127.0.0.1:1 …{peer('nobody')[-8:]}: connection refused"
     assert "data" in checks
+
+
+def test_entry_points_that_are_silent_or_in_another_run_are_told_apart(
+    swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_peer_id: str, _body: object) -> bytes:
+        await asyncio.sleep(3600.0)
+        return b""
+
+    monkeypatch.setattr(swarm_probes, "ASK_SECONDS", 2.0)
+    lines = Lines(io.StringIO())
+    frozen = Network(network_config(tmp_path / "frozen.key"))
+    frozen.on_call("spec", never)
+    with serving(tmp_path / "other") as other, frozen:  # of the same model, but begun apart
+        flags = ["--initial-peers", addresses(frozen)[0], swarm.address, other.address]
+        flags += ["--run", swarm.spec.digest, "--data", no_text(tmp_path), *LOOPBACK]
+        examine(parse(flags), lines)
+    silent, well, elsewhere = [check for check in lines.checks if check.name == "entry point"]
+    assert (silent.status, well.status, elsewhere.status) == ("warning", "ok", "warning")
+    assert silent.message.endswith(": connected, but silent")
+    assert well.message.endswith(" answers")
+    assert elsewhere.message.endswith(f": in another run, {other.spec.digest[:8]}")
+    assert failures({check.name: check for check in lines.checks}) == {"data"}
 
 
 def test_a_bad_file_and_too_little_disk_beside_a_dead_entry_point(
