@@ -78,10 +78,13 @@ CELLS = (
     Cell("wrong-result", "first-result"),
     Cell("equivocate", "first-result"),
     Cell("equivocate-once", "first-result"),
+    Cell("alive-only", "first-result"),
+    Cell("withheld-manifest", "first-result"),
     Cell("truncated-state", "download"),
     Cell("forged-record", "ready"),
 )
 LIES_OF_REDUCERS = ("wrong-result", "equivocate", "equivocate-once")  # each is proven by signatures
+FAULTS_OF_REDUCERS = ("alive-only", "withheld-manifest")  # which nobody can prove: attempts without them
 LIES_IN_PARTS = ("nan", "wrong-norm", "wrong-shape", "corrupt")
 
 
@@ -207,6 +210,12 @@ def _record_problems(
     if cell.kind in LIES_IN_PARTS and cell.step != "download":
         named = [c for c in contributions if c["peer"].endswith(liar) and c["missing"] and c["reason"]]
         return [] if named else ["the liar is not named in any record"]
+    if cell.kind == "wrong-group":
+        named = [c for c in contributions if c["peer"].endswith(liar) and "another group" in c["reason"]]
+        return [] if named else ["no record says what the liar did"]
+    if cell.kind in FAULTS_OF_REDUCERS:
+        later = [c for commit in commits if commit["round"] >= 2 for c in commit["contributors"]]
+        return ["the liar contributed to a later round"] if liar in {c["peer"][-8:] for c in later} else []
     if cell.kind == "wrong-weight" and max(c["weight"] for c in contributions) > 4.0:
         return ["a declared weight was not capped"]
     if cell.kind in LIES_OF_REDUCERS:

@@ -4,7 +4,9 @@
 
 It fails once, at the first time that the step is reached in round 2 or later; a liar lies in that round and
 in all later ones. `equivocate` tells two of three members another result than the third, each with a
-statement that fits, so that no majority signs; `equivocate-once` tells one, and the rest commits. Every
+statement that fits, so that no majority signs; `equivocate-once` tells one, and the rest commits.
+`alive-only` is a reducer that says that it waits for others, and nothing else. `withheld-manifest` sends
+nothing to the others, so that they cannot tell how long its results may be, and multiplies these. Every
 peer of the fault matrix runs under this module, the honest ones with the kind `none`: it then only writes
 to DIR what it contributed and which states it held, for the check against float64.
 
@@ -57,6 +59,8 @@ KINDS = (
     "wrong-result",
     "equivocate",
     "equivocate-once",
+    "alive-only",
+    "withheld-manifest",
     "truncated-state",
     "forged-record",
     "flipped-labels",
@@ -75,6 +79,7 @@ STEPS = (
 )
 FIRST_ROUND = 2
 DELAY_SECONDS = 2.0
+ENLARGED = 1e4  # times an honest result: far beyond the norm cap
 LIE = 1e-3  # added by a reducer that lies: as large as the deltas of the tests, and within the norm cap
 
 
@@ -239,6 +244,9 @@ def _wrap_allreduce(injector: Injector) -> None:
         if injector.is_lying("wrong-result"):
             values = np.frombuffer(data, dtype="<f4") + np.float32(LIE)
             return memoryview(flat_bytes(torch.from_numpy(values)))
+        if injector.is_lying("withheld-manifest"):
+            values = np.frombuffer(data, dtype="<f4") * np.float32(ENLARGED)
+            return memoryview(flat_bytes(torch.from_numpy(values)))
         return data
 
     async def converse_elsewhere(self: Any, member: str) -> None:
@@ -257,16 +265,32 @@ def _wrap_allreduce(injector: Injector) -> None:
     async def send_two_results(self: Any, stream: Any, next_result: int) -> None:
         others = sorted(set(self._exchange.group.members) - {self._exchange.own})
         num_deceived = {"equivocate": 2, "equivocate-once": 1}.get(injector.kind, 0)
-        if injector.round >= FIRST_ROUND and stream.peer_id in others[:num_deceived]:
+        if injector.is_lying("alive-only"):
+            await _say_alive(stream)
+        elif injector.round >= FIRST_ROUND and stream.peer_id in others[:num_deceived]:
             await _tell_another_result(self, stream, next_result)
         else:
             await send_results(self, stream, next_result)
 
+    send_parts = allreduce._Exchange._send_parts
+
+    async def send_no_parts(self: Any, stream: Any, member: str, next_part: int) -> None:
+        if injector.is_lying("withheld-manifest"):
+            await asyncio.Event().wait()
+        await send_parts(self, stream, member, next_part)
+
+    allreduce._Exchange._send_parts = send_no_parts  # type: ignore[method-assign]
     allreduce._Reducer._send_results = send_two_results  # type: ignore[method-assign]
     allreduce._Exchange._send_part = send_part_and_fail  # type: ignore[method-assign]
     allreduce._Reducer._send_result = send_result_and_fail  # type: ignore[method-assign]
     allreduce._Reducer._reduce_part = reduce_part_and_lie  # type: ignore[method-assign]
     allreduce._Exchange._converse = converse_elsewhere  # type: ignore[method-assign]
+
+
+async def _say_alive(stream: Any) -> None:
+    while True:
+        await stream.send(allreduce._ALIVE)
+        await asyncio.sleep(allreduce.ALIVE_SECONDS)
 
 
 async def _tell_another_result(reducer: Any, stream: Any, next_result: int) -> None:
