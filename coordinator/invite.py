@@ -45,7 +45,8 @@ EPILOG = f"""examples:
     python -m coordinator.invite revoke 12D3KooW... --output-dir my-run
 
 Revoking an invite that is for whoever holds it puts out all who came in by it. It is told to a peer that
-runs (--initial-peers, else those known from DIR), which tells the others; a revocation is for ever.
+runs (--initial-peers, else those known from DIR), which tells the others; a revocation is for ever. What
+is sent for it is written to DIR/ledger.jsonl.
 
 {EXIT_CODES}"""
 CALL_SECONDS = 10.0
@@ -155,6 +156,8 @@ def _revoke(args: argparse.Namespace) -> None:
     keys = {_key_of(text, spec) for text in args.what}
     if not keys:
         raise UsageError("say what to revoke: an invite, its id, or a peer id")
+    from peer.ledger_file import LEDGER_NAME, Ledger  # late: torch comes with it, which takes seconds
+
     entry_points = _entry_points(args)
     with tempfile.TemporaryDirectory() as folder:
         identity = load_identity(Path(folder) / "errand.key")
@@ -166,7 +169,10 @@ def _revoke(args: argparse.Namespace) -> None:
             _sign_next(admission, organizer, keys, args.output_dir)
             raise NetworkError(_not_told(args.output_dir, "no address of a peer is known"))
         try:
-            with Network(config) as network:
+            with (
+                Ledger(args.output_dir / LEDGER_NAME) as ledger,
+                Network(config, ledger.sent) as network,
+            ):
                 network.run(_meet_all(network), timeout_seconds=SPREAD_SECONDS)
                 text = _sign_next(admission, organizer, keys, args.output_dir)
                 told = network.run(_tell_all(network, text), timeout_seconds=SPREAD_SECONDS)

@@ -11,12 +11,16 @@ which they left. Tensors (parts of a delta, of a result, of a state) are summed 
 they follow each other, so such a line says which values [start, stop) of the flat vector went
 there. A line is written when it is a minute old (with tensors: 5 s), after every commit, and at the end.
 After SIGKILL the lines that were still open are missing; the chain holds, and the missing "end" shows it.
+Two processes may write one ledger, as when a peer runs and `coordinator.invite revoke` is called for its
+directory: each line is put behind the last one there, under a lock of the file.
 
 What is not in it: see `coordinator/outgoing.py`; and what is asked of the model hub over HTTP.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -25,12 +29,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from coordinator.errors import StateError
 from coordinator.outgoing import Sent
@@ -191,13 +195,15 @@ class Ledger:
         self._ended = threading.Event()
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._keep_writing, name="ledger", daemon=True)
-        repair_json_lines(path)
-        self._num_lines, self._last_hash = _last_line(path)
+        self._size_bytes = -1  # when this process wrote last; another size: others have written since
+        with _locked_where_it_exists(path):
+            repair_json_lines(path)
+            self._num_lines, self._last_hash = _last_line(path)
 
     def __enter__(self) -> Ledger:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise self._cannot_write(error) from error
         self._note("start", version=1)
@@ -281,15 +287,23 @@ class Ledger:
             raise
 
     def _append(self, contents: Iterable[dict[str, Any]]) -> None:
+        """Raises OSError; then nothing of it is in the file."""
+        waiting = list(contents)
+        if waiting:
+            with _locked(self._file):
+                self._append_locked(waiting)
+
+    def _append_locked(self, contents: Iterable[dict[str, Any]]) -> None:
+        size_bytes = os.lseek(self._file, 0, os.SEEK_END)
+        if size_bytes != self._size_bytes:
+            self._num_lines, self._last_hash = self._last_line_now()
         num_lines, last_hash, texts = self._num_lines, self._last_hash, []
         for content in contents:
             num_lines += 1
             text, last_hash = chained({"n": num_lines, **content}, last_hash)
             texts.append(f"{text}\n".encode())
-        if not texts:
-            return
-        size_bytes = os.lseek(self._file, 0, os.SEEK_END)
         data = memoryview(b"".join(texts))
+        end_bytes = size_bytes + len(data)
         try:
             while data:
                 data = data[os.write(self._file, data) :]
@@ -297,7 +311,15 @@ class Ledger:
             with suppress(OSError):  # where that fails, too, the next start drops the torn line
                 os.ftruncate(self._file, size_bytes)
             raise
-        self._num_lines, self._last_hash = num_lines, last_hash
+        self._num_lines, self._last_hash, self._size_bytes = num_lines, last_hash, end_bytes
+
+    def _last_line_now(self) -> tuple[int, str]:
+        """Of the file that is open, wherever it has been moved to. Raises OSError."""
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            try:
+                return _read_last_line(file)
+            except ValueError as error:
+                raise OSError(errno.EIO, f"its last line is damaged: {error}") from error
 
     def _cannot_write(self, error: OSError) -> StateError:
         return StateError(
@@ -306,29 +328,58 @@ class Ledger:
         )
 
 
+@contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+    """No other process writes meanwhile. Raises OSError."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+@contextmanager
+def _locked_where_it_exists(path: Path) -> Iterator[None]:
+    """Else a line that another process is writing this moment would be taken for a torn one."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # what is wrong with it is told by who reads it
+        yield
+        return
+    try:
+        with _locked(descriptor):
+            yield
+    finally:
+        os.close(descriptor)
+
+
 def _last_line(path: Path) -> tuple[int, str]:
     """Number and hash of the last line; 0 and NO_HASH of a ledger that begins. Raises StateError."""
     try:
         with path.open("rb") as file:
-            size_bytes = file.seek(0, os.SEEK_END)
-            wanted = _READ_BYTES
-            while True:
-                file.seek(max(0, size_bytes - wanted))
-                lines = file.read().splitlines()
-                if len(lines) > 1 or wanted >= size_bytes:
-                    break
-                wanted *= 4  # one line longer than that
+            return _read_last_line(file)
     except FileNotFoundError:
         return 0, NO_HASH
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror}") from error
-    if not lines:
-        return 0, NO_HASH
-    try:
-        _, digest, content = split_line(lines[-1].decode())
     except ValueError as error:
         raise StateError(
             f"the last line of {path} is damaged: {error}. `python -m peer.ledger {path.parent}` says more; "
             "to go on, move the file to another place: a new ledger is begun"
         ) from error
+
+
+def _read_last_line(file: BinaryIO) -> tuple[int, str]:
+    """Raises OSError, and ValueError when it is not a line of a ledger."""
+    size_bytes = file.seek(0, os.SEEK_END)
+    if size_bytes == 0:
+        return 0, NO_HASH
+    wanted = _READ_BYTES
+    while True:
+        file.seek(max(0, size_bytes - wanted))
+        lines = file.read().splitlines()
+        if len(lines) > 1 or wanted >= size_bytes:
+            break
+        wanted *= 4  # one line longer than that
+    _, digest, content = split_line(lines[-1].decode())
     return content["n"], digest

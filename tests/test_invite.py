@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from coordinator.admission import REVOCATIONS_NAME
+from coordinator.admission import REVOCATIONS_NAME, Admission
 from coordinator.cli import Parser, add_invite_argument, with_invite
-from coordinator.credentials import Invite, open_revocations, parse_invite
+from coordinator.credentials import Invite, make_invite, open_revocations, parse_invite
 from coordinator.errors import AccessError, StateError, UsageError
 from coordinator.identity import load_identity
 from coordinator.invite import main
@@ -18,7 +20,9 @@ from coordinator.organizer import default_key_path, first_invite, load_organizer
 from peer.doctor import parse as parse_doctor
 from peer.join import _parse as parse_join
 from peer.join import check_private, make_config
-from tests.fakes import make_spec, peer
+from peer.ledger import read_chain
+from peer.ledger_file import LEDGER_NAME, Ledger
+from tests.fakes import addresses, make_spec, network_config, peer
 from tests.private_runs import DAY, invite, private_spec
 
 ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + peer("a")
@@ -138,6 +142,44 @@ def test_a_revocation_that_nobody_took_is_kept_and_said(
     assert main(command(run_dir, "revoke", peer("a"))) == 5  # once more: no new version
     kept = open_revocations((run_dir / REVOCATIONS_NAME).read_bytes(), run=run, organizer=organizer)
     assert kept.version == 2
+
+
+def test_a_revocation_is_in_the_ledger_of_its_directory(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told to a peer that runs in the same directory, and writes the same ledger meanwhile."""
+    organizer = load_identity(run_dir.parent / "organizer.key")
+    run, identity = private_spec(organizer=organizer.peer_id).digest, load_identity(run_dir / "identity.key")
+    now = Network.now()
+    own = make_invite(organizer, run, (), expires_at=now + DAY, for_peer=identity.peer_id)
+    admission = Admission(
+        run=run,
+        organizer=organizer.peer_id,
+        peer_id=identity.peer_id,
+        credential=own.credential_for(identity.peer_id, now),
+        file=None,
+    )
+    taken: list[str] = []
+
+    async def take(_peer_id: str, body: Any) -> bytes:
+        taken.append(body)
+        return b"taken"
+
+    config = network_config(run_dir / "identity.key", admission=admission)
+    with Ledger(run_dir / LEDGER_NAME) as ledger, Network(config, ledger.sent) as network:
+        network.on_call("spec", take)
+        network.on_call("revocations", take)
+        told = command(run_dir, "revoke", peer("a"), "--initial-peers", *addresses(network)[:1])
+        assert main(told) == 0
+    assert "told to 1 of 1" in capsys.readouterr().out
+    assert len(taken) == 2
+    lines = read_chain(run_dir / LEDGER_NAME).lines
+    assert [line["kind"] for line in lines].count("end") == 2
+    calls = {line["name"]: line for line in lines if line["kind"] == "call"}
+    assert set(calls) == {"present", "spec", "revocations"}
+    assert all(set(line["peers"]) == {identity.peer_id} for line in calls.values())
+    message = json.dumps({"method": "revocations", "body": taken[1]}, separators=(",", ":")).encode()
+    assert calls["revocations"]["sha256"] == hashlib.sha256(message).hexdigest()
 
 
 # ---- the key --------------------------------------------------------------------------------------

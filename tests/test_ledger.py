@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from coordinator.transfer import serve_blobs
 from peer.genesis import about_chunk
 from peer.layout import CHUNK_SIZE_BYTES, TensorLayout, make_manifest
 from peer.ledger import BrokenChainError, main, read_chain
-from peer.ledger_file import LEDGER_NAME, NO_HASH, Ledger, Sums, covered, joined_hash
+from peer.ledger_file import LEDGER_NAME, NO_HASH, Ledger, Sums, chained, covered, joined_hash, split_line
 from tests.exchanges import deltas, running_swarm
 from tests.fakes import CALL_SECONDS, LOOPBACK, NOW, hash_of, network_config, new_directory
 from tests.fakes import addresses as addresses_of
@@ -144,6 +146,46 @@ def test_a_ledger_goes_on_where_an_earlier_process_ended(tmp_path: Path) -> None
     assert [line["n"] for line in lines] == list(range(1, 9))
     assert [line["kind"] for line in lines] == ["start", "layout", "call", "end"] * 2
     assert lines[1]["tensors"] == [["a.bias", [4]], ["a.weight", [2, 4]], ["b.weight", [10]]]
+
+
+def test_two_processes_write_one_ledger(tmp_path: Path) -> None:
+    """A peer runs, and its organizer revokes from the same directory: one chain, whoever writes when."""
+    path = tmp_path / LEDGER_NAME
+    with Ledger(path) as peer_, Ledger(path) as errand:
+        for number in range(3):
+            for ledger in (peer_, errand, errand):
+                ledger.sent(sent(f"{number}".encode()))
+                ledger.flush()
+    kinds = [line["kind"] for line in lines_of(tmp_path)]  # lines_of checks the chain
+    assert (kinds.count("start"), kinds.count("end"), len(kinds)) == (2, 2, 2 + 9 + 2)
+
+
+def test_a_line_that_another_process_writes_is_waited_for(tmp_path: Path) -> None:
+    """Half of its line is there: neither is it dropped as torn, nor continued."""
+    with Ledger(tmp_path / LEDGER_NAME) as ledger:
+        ledger.sent(sent(b"first"))
+        ledger.flush()
+        whole = (tmp_path / LEDGER_NAME).read_bytes()
+        number, last_hash = len(whole.splitlines()), split_line(whole.splitlines()[-1].decode())[1]
+        text, _ = chained({"n": number + 1, "time": 1.0, "kind": "start", "version": 1}, last_hash)
+        with (tmp_path / LEDGER_NAME).open("ab", buffering=0) as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            other.write(text[:20].encode())
+            begun: list[Ledger] = []
+            starter = threading.Thread(target=lambda: begun.append(Ledger(tmp_path / LEDGER_NAME)))
+            starter.start()
+            ledger.sent(sent(b"second"))
+            flusher = threading.Thread(target=ledger.flush)
+            flusher.start()
+            for thread in (starter, flusher):
+                thread.join(0.2)
+                assert thread.is_alive()
+            other.write(f"{text[20:]}\n".encode())
+            fcntl.flock(other, fcntl.LOCK_UN)
+            for thread in (starter, flusher):
+                thread.join(30.0)
+        assert begun
+    assert [line["kind"] for line in lines_of(tmp_path)].count("start") == 2
 
 
 def test_the_hash_is_over_the_hash_before_and_the_line_without_its_own(tmp_path: Path) -> None:

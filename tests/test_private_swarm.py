@@ -21,6 +21,8 @@ from peer.data import DataConfig, load_task_data
 from peer.display import Reporter
 from peer.finetune import FinetuneConfig
 from peer.genesis import State, make_run
+from peer.ledger import read_chain
+from peer.ledger_file import LEDGER_NAME
 from peer.manners import Manners
 from peer.session import Session
 from peer.state import CheckpointStore
@@ -127,6 +129,9 @@ def test_two_with_invites_commit_while_an_outsider_is_refused_and_a_revoked_one_
         assert holder.exit_code is None  # the others go on
         assert starter.exit_code is None
         assert named_id in (tmp_path / "holder" / "revocations.json").read_text()
+        lines = read_chain(tmp_path / "starter" / LEDGER_NAME).lines  # the starter goes on writing it
+        assert [line["kind"] for line in lines].count("start") == 2
+        assert "revocations" in {line.get("name") for line in lines if line["kind"] == "call"}
 
 
 def test_a_peer_that_rests_is_told_as_well_when_its_credential_has_ended(tmp_path: Path) -> None:
