@@ -42,6 +42,11 @@ class Chain:
         fusions = (signed.commit for signed in reversed(self.commits) if signed.commit.kind == "fuse")
         return next((commit.cohort for commit in fusions), frozenset())
 
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """Whoever contributed to a round of this chain."""
+        return frozenset(c.peer for signed in self.commits for c in signed.commit.contributors)
+
     @property
     def is_rolled_back(self) -> bool:
         return bool(self.commits) and self.commits[-1].commit.kind == "rollback"

@@ -8,10 +8,13 @@ of one core (`tests/test_network.py` floods real networks).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 MAX_PEERS_REMEMBERED = 4096
 COMPLAINT_SECONDS = 60.0  # one line per peer and minute
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,31 @@ class Limiter:
                 self._accounts.popitem(last=False)  # whoever has been silent for longest
         self._accounts.move_to_end(peer_id)
         return account
+
+
+class Recent(Generic[T]):
+    """A set of at most so many; what was added first is forgotten first."""
+
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._items: dict[T, None] = {}
+
+    def add(self, item: T) -> None:
+        self._items[item] = None
+        if len(self._items) > self._max_size:
+            del self._items[next(iter(self._items))]
+
+    def clear(self) -> None:
+        self._items.clear()
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._items
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
 
 
 class OpenStreams:

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from coordinator.admission import Admission
-from coordinator.records import PeerRecord, RecordError, check_times, open_signed
+from coordinator.records import PeerRecord, Phase, RecordError, check_times, open_signed
 from coordinator.spec import RunSpec
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,13 @@ class Membership:
 
     def get(self, peer_id: str) -> Member | None:
         return self._members.get(peer_id)
+
+    def live_phase(self, peer_id: str, now: float) -> Phase | None:
+        """What a peer is doing; None when it is not here. As quick as a look-up: strangers may ask for it."""
+        member = self._members.get(peer_id)
+        if member is None or member.record.expires_at <= now or member.record.phase == "leaving":
+            return None
+        return member.record.phase
 
     def heard(self) -> dict[str, PeerRecord]:
         """The newest record of each, by peer id; those that have expired or said goodbye included."""

@@ -44,6 +44,10 @@ class Piece:
     sha256: str  # hex
 
 
+class WrongPiece(PeerUnreachable):
+    """As long as it should be, and something else. The cause of the NetworkError, where it was the last."""
+
+
 class DonorTooSlow(PeerUnreachable):
     """Not a lie: it may be asked again when nobody is faster."""
 
@@ -135,6 +139,7 @@ class _Download:
         waiting = list(dict.fromkeys(donors))
         slow: list[str] = []
         workers: dict[asyncio.Task[PeerUnreachable | None], str] = {}
+        last_error: PeerUnreachable | None = None
         try:
             while self._missing:
                 if not waiting and not workers:
@@ -146,10 +151,11 @@ class _Download:
                     raise NetworkError(
                         f"download failed: none of {len(donors)} peers gave "
                         f"the remaining {len(self._missing)} pieces"
-                    )
+                    ) from last_error
                 ended, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
                 for task in ended:
                     donor, error = workers.pop(task), task.result()
+                    last_error = error or last_error
                     if isinstance(error, DonorTooSlow) and donor not in self._given_up:
                         slow.append(donor)
                         self._given_up.add(donor)
@@ -244,8 +250,10 @@ class _Download:
             self._measure(donor, len(data), loop.time() - started_at)
             why = f"is too slow: {len(data)} bytes in {loop.time() - started_at:.1f} s"
             raise DonorTooSlow(donor, why) from error
-        if len(data) != piece.size_bytes or hashlib.sha256(data).hexdigest() != piece.sha256:
-            raise PeerUnreachable(donor, f"sent a wrong piece at byte {piece.start}")
+        if len(data) < piece.size_bytes:  # a stream that broke ends like any other
+            raise PeerUnreachable(donor, f"sent {len(data)} bytes of a piece at byte {piece.start}")
+        if len(data) > piece.size_bytes or hashlib.sha256(data).hexdigest() != piece.sha256:
+            raise WrongPiece(donor, f"sent a wrong piece at byte {piece.start}")
         return bytes(data)
 
     def _deadline(self, donor: str, num_bytes: int) -> float:

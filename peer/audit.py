@@ -19,8 +19,10 @@ import json
 import logging
 import random
 import struct
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, AsyncIterator, Literal  # noqa: UP035 (hivemind reads this hint by its name in typing)
 
 import torch
@@ -28,10 +30,13 @@ from pydantic import Field
 
 from coordinator.chain import Chain
 from coordinator.errors import NetworkError, RoundError
+from coordinator.limits import Recent
+from coordinator.membership import TRAINING_PHASES
 from coordinator.network import STREAM_PART_BYTES, Network, PeerUnreachable
 from coordinator.outgoing import About, describe
-from coordinator.records import Count, HashText, Record, RecordError, open_signed, parse_json, parse_record
-from coordinator.transfer import Piece, fetch_blob
+from coordinator.records import Record, RecordError, open_signed, parse_json, parse_record
+from coordinator.transfer import Piece, WrongPiece, fetch_blob
+from peer.accusations import MAX_REMEMBERED, Accusation, Docket, Published, RunRules
 from peer.aggregate import needs_gram
 from peer.compression import CODECS
 from peer.contradiction import (
@@ -55,12 +60,12 @@ from peer.reduction import BadPartError, checked_part, encode_result, plan_of, r
 
 logger = logging.getLogger(__name__)
 
-MAX_EVIDENCE_BYTES = 64 * 1024 * 1024
 MAX_MEMBERS = 1024  # of a group; to open a signed record takes half a millisecond
 # Floors for the process at the other end, which scores the new state meanwhile; size and link come on top.
 CALL_FLOOR_SECONDS = 10.0
 WINDOW_FLOOR_SECONDS = 6.0  # after a commit: members commit within a second, an audit takes less than that
-NUM_ATTEMPTS = 2  # to get one part from one peer
+NUM_ATTEMPTS = 2  # to get one part, or one piece of evidence, from one peer
+MAX_GROUPS = 16  # that are remembered: attempts of the last rounds, also those that came to nothing
 _LENGTH = struct.Struct(">I")
 
 
@@ -114,6 +119,8 @@ def _judge(evidence: Evidence, run_digest: str) -> str:
     statements = _open_statements(evidence, run_digest)
     statement = statements[evidence.reducer]
     manifests = _open_manifests(evidence, run_digest)
+    if any((m.round, m.previous) != (statement.round, statement.previous) for m in manifests.values()):
+        raise NotConclusive("the manifests are of another round than the statements")
     index = evidence.part - statement.first_part
     results = split_hashes(statement.results)
     _check_completeness(statements, statement, grid, needs_gram(evidence.aggregation, evidence.screening))
@@ -159,7 +166,8 @@ def _judge(evidence: Evidence, run_digest: str) -> str:
 def _open_statements(evidence: Evidence, run_digest: str) -> dict[str, Statement]:
     opened = [open_signed(data, Statement, max_bytes=MAX_SIGNED_BYTES) for data in evidence.statements]
     statements = dict(opened)
-    if len({s.group for s in statements.values()}) != 1 or len(statements) != len(opened):
+    origins = {(s.group, s.round, s.previous) for s in statements.values()}
+    if len(origins) != 1 or len(statements) != len(opened):
         raise NotConclusive("the statements are of several groups")
     if any(statement.run != run_digest for statement in statements.values()):
         raise NotConclusive("a statement of another run")
@@ -307,14 +315,6 @@ def _unpacked(data: bytes | bytearray, start: int, lengths: Sequence[int]) -> li
 # the service
 
 
-class _Accusation(Record):
-    run: HashText
-    evidence: HashText  # sha256
-    size_bytes: int
-    reducer: Annotated[str, Field(max_length=64)]  # who is accused; so that nobody fetches what convinced it
-    round: Count
-
-
 Slack = Callable[[str, int], float]  # seconds that so many bytes may take to or from a peer, as measured
 Convict = Callable[[str, str, int], None]  # reducer, why, round: once for each pair, in the network's thread
 
@@ -329,11 +329,6 @@ class AuditTraffic:
     num_not_conclusive: int = 0
 
 
-@dataclass
-class _Published:
-    data: dict[str, bytes] = field(default_factory=dict)  # evidence by hash
-
-
 class AuditService:
     """Answers auditors, audits others, and checks what others publish."""
 
@@ -341,28 +336,39 @@ class AuditService:
         self,
         network: Network,
         run_digest: str,
-        rules: tuple[str, str],
+        rules: RunRules,
         *,
         convict: Convict,
         live_peers: Callable[[], Sequence[str]],
+        phase_of: Callable[[str], str | None],
         chain: Callable[[], Chain],
         slack: Slack,
     ) -> None:
-        """`slack`: what the link to a peer adds to every deadline, for a number of bytes."""
+        """`phase_of`: what a peer is doing, None when it is not here.
+
+        `slack`: what the link to a peer adds to every deadline, for a number of bytes.
+        """
         self._network, self._run_digest, self._rules = network, run_digest, rules
         self._slack = slack
         self._convict, self._live_peers, self._chain = convict, live_peers, chain
+        self._phase_of = phase_of
         self._statements = StatementLog()
         self._record: RoundRecord | None = None
-        self._published = _Published()
-        self._convicted: set[tuple[str, int]] = set()  # reducers, and the rounds in which they lied
-        self._liars: set[str] = set()  # published false evidence
-        self._checking: set[str] = set()  # accusers whose evidence is being fetched
+        self._published, self._docket = Published(), Docket()
+        self._is_checking = False
+        self._groups: deque[tuple[int, frozenset[str]]] = deque(maxlen=MAX_GROUPS)  # round, members
+        self._convicted: Recent[tuple[str, int]] = Recent(MAX_REMEMBERED)  # reducers, and their rounds
+        self._guilty: Recent[str] = Recent(MAX_REMEMBERED)  # the same reducers
+        self._strangers = (0, 0)  # after which commit, and how many of no commit were convicted since
         self.traffic = AuditTraffic()
 
     def start(self) -> None:
         self._network.on_stream("audit", self._on_audit)
         self._network.on_call("accuse", self._on_accuse)
+
+    def saw(self, round_: int, members: Sequence[str]) -> None:
+        """A group of which I am, whatever comes of it."""
+        self._groups.append((round_, frozenset(members)))
 
     def keep(self, record: RoundRecord) -> None:
         """Of the round that was just committed; answers auditors until a while after the own `audit`."""
@@ -385,7 +391,7 @@ class AuditService:
         self._record = None
 
     def open_evidence(self, key: str) -> memoryview | None:
-        data = self._published.data.get(key)
+        data = self._published.get(key)
         return None if data is None else memoryview(data)
 
     async def accuse(self, contradiction: Contradiction) -> None:
@@ -512,11 +518,9 @@ class AuditService:
     def _publish(self, evidence: Evidence | Contradiction, round_: int) -> None:
         """By whoever was convinced, so that nobody can show it to some members only."""
         data = to_bytes(evidence)
-        digest = hashlib.sha256(data).hexdigest()
-        self._published.data[digest] = data
-        accusation = _Accusation(
+        accusation = Accusation(
             run=self._run_digest,
-            evidence=digest,
+            evidence=self._published.add(data),
             size_bytes=len(data),
             reducer=evidence.reducer,
             round=round_,
@@ -524,7 +528,7 @@ class AuditService:
         for peer_id in self._live_peers():
             self._network.create_task(self._announce(peer_id, accusation))
 
-    async def _announce(self, peer_id: str, accusation: _Accusation) -> None:
+    async def _announce(self, peer_id: str, accusation: Accusation) -> None:
         body = accusation.model_dump(mode="json")
         limit = CALL_FLOOR_SECONDS + self._slack(peer_id, 0)
         try:
@@ -533,56 +537,126 @@ class AuditService:
             logger.info("evidence not announced: %s", error)
 
     async def _on_accuse(self, peer_id: str, body: Any) -> bytes:
-        accusation = parse_record(body, _Accusation)
-        if accusation.run != self._run_digest or not 0 < accusation.size_bytes <= MAX_EVIDENCE_BYTES:
+        accusation = parse_record(body, Accusation)
+        size_is_right = 0 < accusation.size_bytes <= self._rules.max_evidence_bytes
+        if accusation.run != self._run_digest or not size_is_right:
             raise RecordError("of another run, or too large")
         if (accusation.reducer, accusation.round) in self._convicted:
             return b"{}"
-        if peer_id in self._liars or peer_id in self._checking:
-            raise RecordError("not listening to you now")
-        self._checking.add(peer_id)
-        self._network.create_task(self._check(peer_id, accusation))
+        is_in_cohort = peer_id in self._chain().cohort
+        if peer_id in self._guilty or not (is_in_cohort or self._phase_of(peer_id)):
+            raise RecordError("only members accuse")
+        if not self._can_be_convicted(accusation.reducer, accusation.round):
+            raise RecordError("the accused took no part here")
+        self._docket.add(peer_id, accusation, comes_first=is_in_cohort, now=time.monotonic())
+        if not self._is_checking:
+            self._check_next()
         return b"{}"
 
-    async def _check(self, accuser: str, accusation: _Accusation) -> None:
-        piece = Piece(0, accusation.size_bytes, accusation.evidence)
+    def _can_be_convicted(self, reducer: str, round_: int) -> bool:
+        """Whether a verdict on this one could matter: anybody can make keys, and statements signed by them.
+
+        A failed attempt leaves no commit. I may have been in its group; who was not still has to exclude
+        whom the others exclude, if it counts that peer: a member of an earlier round, or one that trains now.
+        Who is out already is out: then only the round counts that might be undone because of it.
+        """
+        chain = self._chain()
+        commits = chain.commits[max(0, round_ - 1) : round_]
+        took_part = any(reducer in signed.commit.cohort for signed in commits) or any(
+            round_ == seen and reducer in members for seen, members in self._groups
+        )
+        if reducer in self._guilty:
+            return took_part and round_ >= chain.round
+        return took_part or reducer in chain.members or self._is_new_trainer(reducer)
+
+    def _is_new_trainer(self, reducer: str) -> bool:
+        """Of those, as many are convicted between two commits as a round has members."""
+        in_round, num_convicted = self._strangers
+        is_full = in_round == self._chain().round and num_convicted >= self._rules.max_peers
+        return self._phase_of(reducer) in TRAINING_PHASES and not is_full
+
+    def _check_next(self) -> None:
+        """One after another: the evidence of one accuser at a time is in memory."""
+        waiting = self._docket.take()
+        self._is_checking = waiting is not None
+        if waiting is not None:
+            task = self._network.create_task(self._check(*waiting))
+            task.add_done_callback(lambda task: None if task.cancelled() else self._check_next())
+
+    async def _check(self, accuser: str, accusation: Accusation) -> None:
+        if (accusation.reducer, accusation.round) in self._convicted:
+            return  # somebody else has shown it meanwhile
         try:
-            data = await fetch_blob(
-                self._network, self._run_digest, f"evidence/{accusation.evidence}", [piece], [accuser]
-            )
-            evidence = from_bytes(data)
-            if isinstance(evidence, Contradiction):
-                await self._check_statements(evidence)
-                return
-            if (evidence.aggregation, evidence.screening) != self._rules:
-                raise NotConclusive("the evidence is of another rule")
-            why = await asyncio.to_thread(judge, evidence, self._run_digest)  # others' votes must not wait
-            if not why:
-                raise NotConclusive("the reducer did what it says")
-            manifest = open_signed(evidence.manifests[0], Manifest, max_bytes=MAX_SIGNED_BYTES)[1]
-            self._found_guilty(evidence, why, manifest.round)
+            evidence, why = await self._judged(accusation, await self._fetch(accuser, accusation))
         except (NotConclusive, RecordError) as error:
-            self._liars.add(accuser)
+            self._docket.lied(accuser)
             logger.warning("%s published false evidence: %s; not listening to it again", accuser[-8:], error)
         except UnknownRoundError as error:
+            self._docket.failed(accuser, time.monotonic())
             logger.info("evidence of %s not judged: %s", accuser[-8:], error)
-        except (NetworkError, RoundError) as error:
-            logger.warning("evidence of %s not to be had: %s", accuser[-8:], error)
-        finally:
-            self._checking.discard(accuser)
+        except (NetworkError, RoundError, TimeoutError) as error:
+            self._docket.failed(accuser, time.monotonic())
+            logger.warning("evidence of %s not to be had: %s", accuser[-8:], str(error) or "too slow")
+        else:
+            if self._can_be_convicted(accusation.reducer, accusation.round):
+                self._found_guilty(evidence, why, accusation.round)
 
-    async def _check_statements(self, contradiction: Contradiction) -> None:
-        why, round_ = await asyncio.to_thread(
-            judge_statements, contradiction, self._run_digest, self._chain()
-        )
+    async def _fetch(self, accuser: str, accusation: Accusation) -> bytearray:
+        """Raises NotConclusive where it is not what was announced, NetworkError or TimeoutError where it does
+        not come.
+        """
+        limit = CALL_FLOOR_SECONDS + self._slack(accuser, accusation.size_bytes)
+        async with asyncio.timeout(limit):  # other accusations wait meanwhile
+            return await self._fetch_evidence(accuser, accusation, NUM_ATTEMPTS)
+
+    async def _fetch_evidence(self, accuser: str, accusation: Accusation, num_attempts: int) -> bytearray:
+        piece = Piece(0, accusation.size_bytes, accusation.evidence)
+        try:
+            key = f"evidence/{accusation.evidence}"
+            return await fetch_blob(self._network, self._run_digest, key, [piece], [accuser])
+        except NetworkError as error:
+            if isinstance(error.__cause__, WrongPiece):
+                raise NotConclusive("the evidence is not what was announced") from error
+            if num_attempts == 1:
+                raise
+        return await self._fetch_evidence(accuser, accusation, num_attempts - 1)
+
+    async def _judged(self, accusation: Accusation, data: bytearray) -> tuple[Evidence | Contradiction, str]:
+        """In another thread: the others' votes must not wait. Raises NotConclusive where nobody lied."""
+        chain = self._chain()
+        evidence, why, round_ = await asyncio.to_thread(_judged, data, self._rules, self._run_digest, chain)
         if not why:
-            raise NotConclusive("the statements go together")
-        self._found_guilty(contradiction, why, round_)
+            raise NotConclusive("the reducer did what it says")
+        if (evidence.reducer, round_) != (accusation.reducer, accusation.round):
+            raise NotConclusive("the evidence is about another reducer or round than was announced")
+        return evidence, why
 
     def _found_guilty(self, evidence: Evidence | Contradiction, why: str, round_: int) -> None:
         reducer = evidence.reducer
         if (reducer, round_) not in self._convicted:
+            self._count_stranger(reducer)
             self._convicted.add((reducer, round_))
+            self._guilty.add(reducer)
             logger.warning("reducer %s lied: %s", reducer[-8:], why)
             self._publish(evidence, round_)
             self._convict(reducer, why, round_)
+
+    def _count_stranger(self, reducer: str) -> None:
+        chain, (in_round, num_convicted) = self._chain(), self._strangers
+        if reducer not in chain.members:
+            self._strangers = chain.round, 1 + (num_convicted if in_round == chain.round else 0)
+
+
+def _judged(
+    data: bytearray, rules: RunRules, run_digest: str, chain: Chain
+) -> tuple[Evidence | Contradiction, str, int]:
+    """What it is, why it convicts ("" when it does not), and of which round."""
+    evidence = from_bytes(data)
+    if isinstance(evidence, Contradiction):
+        why, round_ = judge_statements(evidence, run_digest, chain)
+        return evidence, why, round_
+    found = (evidence.aggregation, evidence.screening, evidence.codec, evidence.num_values)
+    if found != (rules.aggregation, rules.screening, rules.codec, rules.num_values):
+        raise NotConclusive("the evidence is of another rule, codec or model")
+    why = judge(evidence, run_digest)
+    return evidence, why, _open_statements(evidence, run_digest)[evidence.reducer].round

@@ -69,7 +69,10 @@ def _invented_feedback(reducer: str, last: Statement, earlier: Mapping[str, Stat
 def _commits_up_to(statement: Statement, chain: Chain) -> list[Commit]:
     """Those that the round of a statement starts from, oldest first."""
     commits = [signed.commit for signed in chain.commits[: statement.round - 1]]
-    if Chain(chain.spec, chain.commits[: statement.round - 1]).tip != statement.previous:
+    if (
+        len(commits) != statement.round - 1
+        or Chain(chain.spec, chain.commits[: statement.round - 1]).tip != statement.previous
+    ):
         raise UnknownRoundError(f"round {statement.round} does not start from my chain")
     return commits
 

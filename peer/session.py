@@ -36,6 +36,7 @@ from coordinator.rounds import CatchUp, Finetune, Stop, trains_on
 from coordinator.spec import RunSpec, load_spec
 from coordinator.streams import Traffic
 from peer.about import About, device_name
+from peer.accusations import RunRules
 from peer.allreduce import AllReduceService, Reduced, Rules, ToldTwoThings
 from peer.audit import AuditService, RoundRecord
 from peer.compression import CODECS
@@ -229,9 +230,10 @@ class Session:
         self._audit = AuditService(
             self._network,
             spec.digest,
-            (spec.aggregation, spec.screening),
+            RunRules.of(spec),
             convict=self._convict,
             live_peers=lambda: [member.peer_id for member in self._agreement.live()],
+            phase_of=lambda peer: self._agreement.membership.live_phase(peer, Network.now()),
             chain=lambda: self._agreement.chain,
             slack=lambda peer, num_bytes: self._allreduce.slack_seconds(peer, num_bytes),
         )
@@ -553,6 +555,7 @@ class Session:
         if outgoing is None:
             raise StateError("an all-reduce without a contribution: `fuse` ran without `_encode`")
         has_gram = spec.gate and spec.gate_leaves_out == "most_deviant"
+        self._audit.saw(group.round, group.members)
         rules = Rules(spec.aggregation, spec.screening, spec.exchange_limit_seconds, has_gram)
         try:
             reduced = await self._allreduce.reduce(group, outgoing, rules, residuals=self._feedback.reduced)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import random
 import threading
 import time
@@ -21,13 +20,22 @@ from coordinator.chain import Chain
 from coordinator.identity import Identity
 from coordinator.network import Network, PeerUnreachable
 from coordinator.records import RecordError, SignedCommit, open_signed, sign
-from coordinator.transfer import serve_blobs
+from coordinator.transfer import fetch_blob, serve_blobs
 from peer import allreduce, audit, reduction
+from peer.accusations import Docket, Published, RunRules
 from peer.allreduce import Reduced, _Reducer
 from peer.audit import AuditService, Evidence, NotConclusive, RoundRecord, from_bytes, judge, to_bytes
 from peer.compression import CODECS
 from peer.contradiction import Contradiction, StatementLog
-from peer.manifest import MAX_SIGNED_BYTES, Manifest, Outgoing, Statement, join_hashes, split_hashes
+from peer.manifest import (
+    MAX_SIGNED_BYTES,
+    Manifest,
+    Outgoing,
+    SenderReport,
+    Statement,
+    join_hashes,
+    split_hashes,
+)
 from peer.parts import PartGrid
 from tests.exchanges import NUM_PEERS, RUN, SIZE, Swarm, deltas, on_member, running_swarm
 from tests.fakes import CALL_SECONDS, hash_of, identity, make_commit, make_spec
@@ -46,6 +54,7 @@ class Audits:
     convicted: list[list[tuple[str, str, int]]]
     chain: list[Chain] = dataclasses.field(default_factory=lambda: [Chain(make_spec())])  # of all, the last
     slack: Callable[[str, int], float] = lambda _peer, _num_bytes: 0.0  # what links add to deadlines
+    phases: dict[str, str] = dataclasses.field(default_factory=dict)  # of who is here, as all see it
 
     def commit(self, group: Group) -> None:
         """The next round of the chain that all services see: of this group. Nobody checks who signed."""
@@ -71,7 +80,7 @@ class Audits:
             for own, result, feedback in zip(outgoing, results, before, strict=True)
         ]
         for service, record in zip(self.services, records, strict=True):
-            service._rules = rules
+            service._rules = run_rules(rules, record.outgoing.codec.name)
             service._record, service.traffic = None, type(service.traffic)()
             service.keep(record)
         return records
@@ -92,7 +101,7 @@ class Audits:
         """Until nobody checks an accusation any more."""
 
         async def checked(service: AuditService) -> None:
-            while service._checking:
+            while service._is_checking:
                 await asyncio.sleep(0.01)
 
         for network, service in zip(self.swarm.networks, self.services, strict=True):
@@ -109,10 +118,17 @@ class Audits:
         for service, convicted in zip(self.services, self.convicted, strict=True):
             service._record = None
             service._convicted.clear()
-            service._liars.clear()
+            service._guilty.clear()
+            service._docket, service._published = Docket(), Published()
+            service._groups.clear()
+            service._strangers = (0, 0)
             service._statements = StatementLog()
             convicted.clear()
         del self.chain[1:]
+
+
+def run_rules(rules: tuple[str, str] = ("mean", "none"), codec: str = "fp32") -> RunRules:
+    return RunRules(*rules, codec, SIZE, NUM_PEERS)
 
 
 def _group_in(result: Reduced) -> str:
@@ -129,14 +145,16 @@ def started() -> Iterator[Audits]:
         convicted: list[list[tuple[str, str, int]]] = [[] for _ in swarm.networks]
         services: list[AuditService] = []
         audits = Audits(swarm, services, convicted)
+        audits.phases.update(dict.fromkeys(swarm.peer_ids, "ready"))
         for network, guilty in zip(swarm.networks, convicted, strict=True):
             others = [peer for peer in swarm.peer_ids if peer != network.peer_id]
             service = AuditService(
                 network,
                 RUN,
-                ("mean", "none"),
+                run_rules(),
                 convict=_recorder(guilty),
                 live_peers=others.copy,
+                phase_of=audits.phases.get,
                 chain=lambda: audits.chain[-1],
                 slack=lambda peer, num_bytes: audits.slack(peer, num_bytes),
             )
@@ -298,7 +316,7 @@ def test_a_reducer_that_invents_its_feedback_is_convicted_by_its_signatures(audi
         [(reducer, why, round_)] = audits.convicted[index]
         assert (reducer, round_) == (liar, 2)
         assert why == f"its error feedback of part {part} is not what its last committed result left"
-    assert all(not service._liars for service in audits.services)
+    assert all(not service._docket.liars for service in audits.services)
 
 
 def test_statements_that_go_together_are_no_accusation(audits: Audits) -> None:
@@ -307,10 +325,15 @@ def test_statements_that_go_together_are_no_accusation(audits: Audits) -> None:
     liar = audits.swarm.peer_ids[VICTIM]
     statement = results[0].statements[liar]
     accuse(audits, 3, to_bytes(Contradiction(liar, (statement,))))
-    assert [bool(service._liars) for service in audits.services] == [False] * NUM_PEERS  # another chain
+    assert [bool(service._docket.liars) for service in audits.services] == [
+        False
+    ] * NUM_PEERS  # another chain
+    assert [len(service._docket._pauses) for service in audits.services] == [1, 1, 1, 0]  # asks again later
+    for service in audits.services:
+        service._docket = Docket()
     signed = resigned(statement, audits.swarm.identities[VICTIM], previous=audits.chain[-1].tip)
     accuse(audits, 3, to_bytes(Contradiction(liar, (signed, signed))))
-    assert [bool(service._liars) for service in audits.services] == [True, True, True, False]
+    assert [bool(service._docket.liars) for service in audits.services] == [True, True, True, False]
     other = resigned(signed, audits.swarm.identities[VICTIM], results=join_hashes(bytes(32 * 3)))
     accuse(audits, 2, to_bytes(Contradiction(liar, (signed, other))))
     assert audits.convicted[0] == [(liar, "it told two members different results", 1)]
@@ -378,7 +401,7 @@ def test_a_lying_reducer_is_found_and_everybody_convinced(
         [(reducer, why, round_)] = audits.convicted[index]
         assert (reducer, round_) == (liar, 1)
         assert f"the result of part {part} is not what its senders' parts give" in why
-    assert all(not service._liars for service in audits.services)
+    assert all(not service._docket.liars for service in audits.services)
 
 
 def test_evidence_convinces_one_who_kept_nothing(audits: Audits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,13 +421,18 @@ def test_evidence_convinces_one_who_kept_nothing(audits: Audits, monkeypatch: py
 
 
 def accuse(
-    audits: Audits, accuser: int, evidence: bytes, peer_ids: Sequence[str] | None = None
+    audits: Audits, accuser: int, evidence: bytes, peer_ids: Sequence[str] | None = None, **changes: Any
 ) -> list[BaseException | None]:
     """Publish as evidence whatever it is; what each of the others, or of `peer_ids`, answered."""
     service, network = audits.services[accuser], audits.swarm.networks[accuser]
-    digest = hashlib.sha256(evidence).hexdigest()
-    service._published.data[digest] = evidence
-    body = {"run": RUN, "evidence": digest, "size_bytes": len(evidence), "reducer": "unknown", "round": 0}
+    body = {
+        "run": RUN,
+        "evidence": service._published.add(evidence),
+        "size_bytes": len(evidence),
+        "reducer": audits.swarm.peer_ids[VICTIM],
+        "round": 1,
+        **changes,
+    }
     answers = [
         network.submit(network.call(peer, "accuse", body, timeout_seconds=CALL_SECONDS))
         for peer in peer_ids or audits.swarm.peer_ids
@@ -415,7 +443,7 @@ def accuse(
     return errors
 
 
-@pytest.mark.parametrize("kind", ["honest", "nonsense", "other rules"])
+@pytest.mark.parametrize("kind", ["honest", "nonsense", "other rules", "other codec", "other model"])
 def test_who_publishes_false_evidence_is_not_heard_again(
     audits: Audits, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -430,13 +458,186 @@ def test_who_publishes_false_evidence_is_not_heard_again(
         "honest": to_bytes(audits.collect(0, records[0], liar, part + 1)),
         "nonsense": b"nonsense",
         "other rules": to_bytes(dataclasses.replace(guilty, aggregation="median")),
+        "other codec": to_bytes(dataclasses.replace(guilty, codec="int8")),
+        "other model": to_bytes(dataclasses.replace(guilty, num_values=SIZE + 1)),
     }[kind]
     assert accuse(audits, 0, false) == [None] * 3
-    assert all(audits.services[index]._liars == {group.members[0]} for index in range(1, NUM_PEERS))
+    assert all(
+        set(audits.services[index]._docket.liars) == {group.members[0]} for index in range(1, NUM_PEERS)
+    )
     assert all(isinstance(error, PeerUnreachable) for error in accuse(audits, 0, to_bytes(guilty)))
     assert audits.convicted == [[]] * NUM_PEERS
     assert accuse(audits, 2, to_bytes(guilty)) == [None] * 3  # somebody else is heard
     assert [reducer for reducer, _, _ in audits.convicted[3]] == [liar]
+
+
+def told_two_things(author: Identity, chain: Chain, round_: int = 1, group: str = "any") -> bytes:
+    """Two statements of no group that ever was: whoever has a key can make them."""
+    sender = SenderReport(
+        peer=author.peer_id, manifest=None, declared=1.0, is_planned=False, norm=0.0, num_parts=0
+    )
+    statements = tuple(
+        sign(
+            Statement(
+                run=RUN,
+                group=hash_of(group),
+                round=round_,
+                previous=Chain(chain.spec, chain.commits[: round_ - 1]).tip,
+                first_part=0,
+                senders=[sender],
+                results=join_hashes(fill * 32),
+            ),
+            author,
+        ).to_bytes()
+        for fill in (b"a", b"b")
+    )
+    return to_bytes(Contradiction(author.peer_id, statements))
+
+
+def verdicts(audits: Audits, index: int = 0) -> list[tuple[str, int]]:
+    return [(reducer, round_) for reducer, _, round_ in audits.convicted[index]]
+
+
+def test_who_never_took_part_cannot_be_convicted(audits: Audits) -> None:
+    """Each key would be kept for ever by everybody, with evidence of a megabyte, and told on to all."""
+    stranger = identity("stranger")
+    evidence = told_two_things(stranger, audits.chain[-1])
+    errors = accuse(audits, 3, evidence, reducer=stranger.peer_id)
+    assert all("took no part" in str(error) for error in errors)
+    audits.phases[stranger.peer_id] = "serving"  # is here, and contributes nothing
+    try:
+        assert all(accuse(audits, 3, evidence, reducer=stranger.peer_id))
+        assert audits.convicted == [[]] * NUM_PEERS
+        assert all(not len(service._published._data) for service in audits.services[:3])
+        audits.phases[stranger.peer_id] = "ready"
+        assert accuse(audits, 3, evidence, reducer=stranger.peer_id) == [None] * 3
+        assert verdicts(audits) == [(stranger.peer_id, 1)]
+    finally:
+        del audits.phases[stranger.peer_id]
+
+
+def test_so_many_newcomers_can_be_convicted_between_two_commits(audits: Audits) -> None:
+    names = [f"stranger {number}" for number in range(NUM_PEERS + 1)]
+    audits.phases.update({identity(name).peer_id: "ready" for name in names})
+    try:
+        for name in names:
+            evidence = told_two_things(identity(name), audits.chain[-1])
+            accuse(audits, 3, evidence, audits.swarm.peer_ids[:1], reducer=identity(name).peer_id)
+        assert verdicts(audits) == [(identity(name).peer_id, 1) for name in names[:-1]]
+    finally:
+        for name in names:
+            del audits.phases[identity(name).peer_id]
+
+
+def test_who_left_is_convicted_if_it_was_in_a_round_or_in_an_attempt_that_i_saw(audits: Audits) -> None:
+    """The attempt may have failed: then no commit names it."""
+    peer_ids, stranger = audits.swarm.peer_ids, identity("stranger")
+    evidence = told_two_things(stranger, audits.chain[-1])
+    audits.services[0].saw(1, (*peer_ids, stranger.peer_id))
+    accuse(audits, 3, evidence, reducer=stranger.peer_id)
+    assert [verdicts(audits, index) for index in range(3)] == [[(stranger.peer_id, 1)], [], []]
+    audits.commit(audits.swarm.group(num_peers=2))
+    audits.commit(audits.swarm.group(num_peers=1))
+    member = audits.swarm.identities[VICTIM]
+    gone = audits.phases.pop(member.peer_id)
+    try:  # it made round 1; the lie is of round 2, without it
+        late = told_two_things(member, audits.chain[-1], round_=2)
+        assert accuse(audits, 3, late, round=2) == [None] * 3
+        assert verdicts(audits, 2) == [(member.peer_id, 2)]
+    finally:
+        audits.phases[member.peer_id] = gone
+
+
+def test_who_is_out_already_is_convicted_of_what_may_be_undone_only(audits: Audits) -> None:
+    """Else it could sign two statements about each round there ever was."""
+    liar = audits.swarm.identities[VICTIM]
+    for _ in range(3):
+        audits.commit(audits.swarm.group())
+    chain, target = audits.chain[-1], audits.swarm.peer_ids[:1]
+    for round_ in (1, 2, 4, 3):
+        accuse(audits, 3, told_two_things(liar, chain, round_), target, round=round_)
+    assert verdicts(audits) == [(liar.peer_id, 1), (liar.peer_id, 3)]
+
+
+def test_only_members_accuse(audits: Audits) -> None:
+    liar, accuser = audits.swarm.identities[VICTIM], audits.swarm.peer_ids[3]
+    evidence = told_two_things(liar, audits.chain[-1])
+    phase = audits.phases.pop(accuser)
+    try:
+        assert all("only members" in str(error) for error in accuse(audits, 3, evidence))
+        audits.commit(audits.swarm.group())  # a member of the last round, whose heartbeat did not come
+        assert accuse(audits, 3, evidence) == [None] * 3
+        assert verdicts(audits) == [(liar.peer_id, 1)]
+    finally:
+        audits.phases[accuser] = phase
+
+
+def test_who_announces_one_thing_and_hands_out_another_has_lied(
+    audits: Audits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one could make everybody download 64 MB again and again."""
+    evidence = told_two_things(audits.swarm.identities[VICTIM], audits.chain[-1])
+    published = audits.services[3]._published
+    monkeypatch.setattr(published, "get", lambda _: evidence)
+    assert accuse(audits, 3, evidence + b"other") == [None] * 3
+    assert not len(audits.services[0]._docket.liars)  # one byte less: a stream that was cut looks like that
+    for service in audits.services:
+        service._docket = Docket()
+    monkeypatch.setattr(published, "get", lambda _: evidence[:-1] + b"x")
+    assert accuse(audits, 3, evidence) == [None] * 3
+    assert set(audits.services[0]._docket.liars) == {audits.swarm.peer_ids[3]}
+    monkeypatch.setattr(audits.services[2]._published, "get", lambda _: evidence)
+    assert accuse(audits, 2, evidence, audits.swarm.peer_ids[:1], round=2) == [None]
+    assert audits.swarm.peer_ids[2] in audits.services[0]._docket.liars  # of another round than it said
+    assert audits.convicted == [[]] * NUM_PEERS
+
+
+def test_evidence_that_does_not_come_makes_a_pause(audits: Audits, monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = told_two_things(audits.swarm.identities[VICTIM], audits.chain[-1])
+    monkeypatch.setattr(audits.services[3]._published, "get", lambda _: None)
+    assert accuse(audits, 3, evidence) == [None] * 3
+    errors = accuse(audits, 3, evidence)
+    assert all("not listening to you now" in str(error) for error in errors)
+    assert not len(audits.services[0]._docket.liars)
+    monkeypatch.undo()
+    monkeypatch.setattr("peer.audit.time.monotonic", lambda: time.perf_counter() + 1e6)
+    assert accuse(audits, 3, evidence) == [None] * 3
+    assert [reducer for reducer, _ in verdicts(audits)] == [audits.swarm.peer_ids[VICTIM]]
+
+
+def test_one_accusation_is_checked_at_a_time(audits: Audits, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    async def slowly(network: Network, *args: Any) -> bytearray:
+        nonlocal running, most
+        if network is not audits.swarm.networks[0]:
+            return await fetch_blob(network, *args)
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.1)
+        running -= 1
+        return await fetch_blob(network, *args)
+
+    monkeypatch.setattr(audit, "fetch_blob", slowly)
+    target = audits.swarm.peer_ids[:1]
+    liars = {2: audits.swarm.identities[VICTIM], 3: audits.swarm.identities[2], 1: audits.swarm.identities[3]}
+    calls = []
+    for accuser, liar in liars.items():
+        evidence = told_two_things(liar, audits.chain[-1])
+        digest = audits.services[accuser]._published.add(evidence)
+        body = {
+            "run": RUN,
+            "evidence": digest,
+            "size_bytes": len(evidence),
+            "reducer": liar.peer_id,
+            "round": 1,
+        }
+        network = audits.swarm.networks[accuser]
+        calls.append(network.submit(network.call(target[0], "accuse", body, timeout_seconds=CALL_SECONDS)))
+    assert [call.exception(CALL_SECONDS) for call in calls] == [None] * 3
+    audits.settle()
+    assert most == 1
+    assert len(audits.convicted[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -458,7 +659,7 @@ def test_accusations_that_are_none(audits: Audits, body: Any) -> None:
         network.run(
             network.call(peer, "accuse", body, timeout_seconds=CALL_SECONDS), timeout_seconds=CALL_SECONDS
         )
-    assert not audits.services[1]._checking
+    assert not audits.services[1]._is_checking
 
 
 @pytest.mark.parametrize(

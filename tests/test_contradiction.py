@@ -182,6 +182,9 @@ def test_a_round_that_my_chain_does_not_lead_to() -> None:
         judged(other, first, lie)
     with pytest.raises(UnknownRoundError):
         judged(Chain(SPEC), first, lie)
+    much_later = [statement(chain, 2, [], [X, after], round=9, previous=chain.tip) for after in (Y, Z)]
+    with pytest.raises(UnknownRoundError):
+        judged(chain, *much_later)
 
 
 # What a member keeps.

@@ -38,6 +38,7 @@ from coordinator.records import Credential, Proposal, RecordError, sign
 from coordinator.spec import RunSpec
 from coordinator.streams import FrameStream, StreamError, open_stream, serve_streams
 from coordinator.transfer import Piece, fetch_blob
+from peer.accusations import RunRules
 from peer.allreduce import AllReduceService
 from peer.audit import AuditService
 from peer.genesis import State, ask_spec, get_state, serve_run
@@ -77,9 +78,10 @@ class Member:
         self.audit = AuditService(
             network,
             run,
-            ("mean", "none"),
+            RunRules.of(chain.spec),
             convict=lambda *_: None,
             live_peers=list,
+            phase_of=lambda peer: self.agreement.membership.live_phase(peer, Network.now()),
             chain=lambda: self.agreement.chain,
             slack=self.allreduce.slack_seconds,
         )
