@@ -20,14 +20,7 @@ from coordinator.errors import NetworkError
 from coordinator.membership import Member, Membership
 from coordinator.network import Network
 from coordinator.pace import Pace
-from coordinator.records import (
-    MAX_MESSAGE_BYTES,
-    PeerRecord,
-    RecordError,
-    SignedCommit,
-    parse_json,
-    parse_record,
-)
+from coordinator.records import PeerRecord, RecordError, SignedCommit, parse_json, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +30,7 @@ MIN_PAUSE_SECONDS = 1.0  # after an empty claim
 MAX_PAUSE_LEASES = 10.0
 MAX_DOUBTED = 1024
 MAX_CHAIN_REPLY_COMMITS = 50
-MAX_CHAIN_REPLY_BYTES = MAX_MESSAGE_BYTES - 4096  # with room for brackets and commas
+MAX_CHAIN_REPLY_BYTES = 256 * 1024  # of several commits: 16 tokens of a caller's budget (guard.py)
 
 
 @dataclass(frozen=True)
@@ -147,7 +140,7 @@ class ChainExchange:
         replies: list[str] = []
         size = 0
         for signed in chain.commits[after : after + MAX_CHAIN_REPLY_COMMITS]:
-            text = signed.canonical().decode()
+            text = signed.text
             size += len(text) + 1
             if replies and size > MAX_CHAIN_REPLY_BYTES:
                 break
@@ -182,6 +175,6 @@ class ChainExchange:
         if not isinstance(page, list):
             raise RecordError("a chain is a list of commits")
         wanted = min(MAX_CHAIN_REPLY_COMMITS, claimed_round - after)
-        if 0 < len(page) < wanted and len(reply) < MAX_CHAIN_REPLY_BYTES // 2:  # one by one it takes for ever
+        if 0 < len(page) < wanted and len(reply) < MAX_CHAIN_REPLY_BYTES // 8:  # one by one it takes for ever
             raise RecordError(f"{len(page)} commits, where it claims {wanted} more")
         return [parse_record(entry, SignedCommit) for entry in page]

@@ -50,8 +50,9 @@ MAX_DHT_VALUE_BYTES = 3 * 1024 * 1024  # of one key: an answer must stay below t
 MAX_DHT_LIFETIME_SECONDS = 4000.0
 MAX_STREAMS_PER_PEER = 64
 MAX_STREAMS = 768  # one descriptor each, of the 1024 that a process has by default
-TOKEN_BYTES = 16 * 1024  # a call costs one token, and one for each of these
+TOKEN_BYTES = 16 * 1024  # a call costs one token, and one for each of these, in either direction
 DHT_TOKEN_BYTES = 4 * 1024  # DHT records are verified one by one: 4 KB are two or three signatures
+DHT_REPLY_TOKEN_BYTES = 64 * 1024  # a board of 1000 peers has 1.5 MB, and all of them read it every 2 s
 
 # An honest peer makes a few calls a second; a download opens one stream per megabyte.
 CALLS = Budget(
@@ -118,15 +119,11 @@ class Guard:
 
     async def pass_call(self, p2p: P2P, peer_id: str, handler_name: str, num_bytes: int) -> None:
         """Returns when the call may be served. Raises RecordError when it is refused."""
-        is_dht = handler_name.startswith("DHTProtocol.")
+        is_dht, is_door = _is_dht(handler_name), self._is_door(handler_name)
         if num_bytes > (MAX_DHT_CALL_BYTES if is_dht else MAX_CALL_BYTES):
             raise RecordError(f"a request of {num_bytes} bytes")
-        is_door = self._admission is not None and handler_name == DOOR_HANDLER
-        limiter, unit = (self._dht, DHT_TOKEN_BYTES) if is_dht else (self._calls, TOKEN_BYTES)
-        if is_door:
-            limiter = self._door
-        elif not self._is_in(peer_id):  # what it asks in vain must not cost the members their budget
-            limiter = self._outsiders
+        unit = DHT_TOKEN_BYTES if is_dht else TOKEN_BYTES
+        limiter = self._limiter(peer_id, handler_name)
         verdict = limiter.admit(peer_id, self._now(), 1.0 + num_bytes // unit)
         if isinstance(verdict, Refusal):
             self._refused(p2p, peer_id, "calls", verdict)
@@ -135,6 +132,24 @@ class Guard:
             self._admission.require(peer_id)
         if verdict > 0.0:
             await asyncio.sleep(verdict)
+            if limiter.is_overdrawn(peer_id, self._now()):  # by answers to those before it
+                self.num_refused += 1
+                raise RecordError("too many calls: slow down")
+
+    def count_reply(self, peer_id: str, handler_name: str, num_bytes: int) -> None:
+        """Of a call that was served: few bytes can ask for a megabyte."""
+        unit = DHT_REPLY_TOKEN_BYTES if _is_dht(handler_name) else TOKEN_BYTES
+        self._limiter(peer_id, handler_name).charge(peer_id, self._now(), num_bytes // unit)
+
+    def _limiter(self, peer_id: str, handler_name: str) -> Limiter:
+        if self._is_door(handler_name):
+            return self._door
+        if not self._is_in(peer_id):  # what it asks in vain must not cost the members their budget
+            return self._outsiders
+        return self._dht if _is_dht(handler_name) else self._calls
+
+    def _is_door(self, handler_name: str) -> bool:
+        return self._admission is not None and handler_name == DOOR_HANDLER
 
     async def pass_stream(self, p2p: P2P, peer_id: str) -> bool:
         """Whether the stream may be served; then `open_streams.close` must follow."""
@@ -316,9 +331,12 @@ async def _handle_unary(p2p: GuardedP2P, control: ControlClient, call_id: Any, r
     if handler is None:
         return
     remote_id = PeerID(request.peer)
+    peer_id, name = str(remote_id), _handler_name(request.proto)
     try:
-        await p2p.guard.pass_call(p2p, str(remote_id), _handler_name(request.proto), len(request.data))
-        reply = p2pd_pb2.CallUnaryResponse(response=await handler(request.data, remote_id))
+        await p2p.guard.pass_call(p2p, peer_id, name, len(request.data))
+        response = await handler(request.data, remote_id)
+        p2p.guard.count_reply(peer_id, name, len(response))
+        reply = p2pd_pb2.CallUnaryResponse(response=response)
     except Exception as error:  # whatever a handler raises is its caller's answer
         logger.debug("a call of %s failed", request.proto, exc_info=True)
         reply = p2pd_pb2.CallUnaryResponse(
@@ -329,8 +347,12 @@ async def _handle_unary(p2p: GuardedP2P, control: ControlClient, call_id: Any, r
         error_reply = p2pd_pb2.CallUnaryResponse(error=b"the reply is too large")
         message = p2pd_pb2.PersistentConnectionRequest(callId=call_id.bytes, unaryResponse=error_reply)
     if message.unaryResponse.HasField("error"):
-        p2p.guard.on_refusal(str(remote_id), _handler_name(request.proto), message.unaryResponse.error)
+        p2p.guard.on_refusal(peer_id, name, message.unaryResponse.error)
     await control._pending_messages.put(message)
+
+
+def _is_dht(handler_name: str) -> bool:
+    return handler_name.startswith("DHTProtocol.")
 
 
 def _handler_name(proto: str) -> str:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rate:
-    """A budget in tokens: a call costs one, and more for its size."""
+    """A budget in tokens: a call costs one, and more for its size and that of the answer."""
 
     per_second: float
     burst: float  # tokens of a peer that has been quiet
@@ -89,6 +89,15 @@ class Limiter:
             if own is not None:  # the fault of others: no strike
                 return Refusal(self._complaint(account, now), is_cut_off=False)
         return self._refuse(account, now)
+
+    def charge(self, peer_id: str, now: float, tokens: float) -> None:
+        """For what a request that was admitted has cost beyond its own size; what follows waits for it."""
+        self._account(peer_id, now).bucket.take(tokens)
+        self._total.take(tokens)
+
+    def is_overdrawn(self, peer_id: str, now: float) -> bool:
+        """Whether what a peer was given since it was admitted is more than it may wait for."""
+        return self._account(peer_id, now).bucket.delay(now) is None
 
     def _refuse(self, account: _Account, now: float) -> Refusal:
         if now >= account.window_at + COMPLAINT_SECONDS:

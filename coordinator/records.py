@@ -188,6 +188,11 @@ class SignedCommit(Record):
     commit: Commit
     signatures: Annotated[dict[PeerIdText, SignatureText], Field(max_length=1024)]
 
+    @cached_property
+    def text(self) -> str:
+        """As it travels. Kept: strangers ask for it, and 50 commits of 32 peers took 9.5 ms each time."""
+        return self.canonical().decode()
+
 
 class Proposal(Record):
     """A leader's call to fuse or to roll back: the members' own signed records say what each brings."""

@@ -71,6 +71,7 @@ def serve_blobs(
 ) -> None:
     """Answer requests for byte ranges; `open_blob(key)` gives the bytes of a key, None if not held.
 
+    It is called in other threads than the network's: it may have to read and to hash them first.
     `about` is asked after that: what these bytes of a key are.
     """
     turns = _Turns(MAX_STREAMS_PER_PEER)
@@ -79,7 +80,7 @@ def serve_blobs(
         key, start, stop = parse_range(body, run_digest)
         await turns.take(peer_id)
         try:
-            data = open_blob(key)
+            data = await asyncio.to_thread(open_blob, key)
             if data is None or stop > len(data):
                 raise RecordError("not held here")
             describe(replace(about(key, start, stop), data=data[start:stop]))

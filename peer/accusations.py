@@ -9,6 +9,7 @@ after doubling pauses.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Annotated
@@ -118,23 +119,26 @@ class Docket:
 
 
 class Published:
-    """Evidence by its hash, for who asks; what nobody has asked for longest goes first."""
+    """Evidence by its hash, for who asks; what nobody has asked for longest goes first. For any thread."""
 
     def __init__(self, max_bytes: int = MAX_PUBLISHED_BYTES) -> None:
         self._max_bytes, self._num_bytes = max_bytes, 0
         self._data: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     def add(self, data: bytes) -> str:
         """Its hash. The newest is kept in any case."""
         digest = hashlib.sha256(data).hexdigest()
-        if digest not in self._data:
-            self._data[digest] = data
-            self._num_bytes += len(data)
-        while self._num_bytes > self._max_bytes and len(self._data) > 1:
-            self._num_bytes -= len(self._data.popitem(last=False)[1])
+        with self._lock:
+            if digest not in self._data:
+                self._data[digest] = data
+                self._num_bytes += len(data)
+            while self._num_bytes > self._max_bytes and len(self._data) > 1:
+                self._num_bytes -= len(self._data.popitem(last=False)[1])
         return digest
 
     def get(self, digest: str) -> bytes | None:
-        if digest in self._data:
-            self._data.move_to_end(digest)
-        return self._data.get(digest)
+        with self._lock:
+            if digest in self._data:
+                self._data.move_to_end(digest)
+            return self._data.get(digest)

@@ -251,12 +251,14 @@ class AllReduceService:
     def _answer_seconds(self, member: str) -> float:
         return STALL_FLOOR_SECONDS + self.link_seconds(member)
 
-    async def _on_statements(self, _peer_id: str, body: Any) -> bytes:
+    async def _on_statements(self, peer_id: str, body: Any) -> bytes:
         group = body.get("group") if isinstance(body, dict) else None
         recent = (self._last, self._before_last)  # who asks may have begun the next attempt later than I
         last = next((t for t in recent if t is not None and t.group.group_id.hex() == group), None)
         if last is None:
             raise RecordError("not of the last group here")
+        if peer_id not in last.group.members:
+            raise RecordError("you are not in this group")
         reducer = body.get("reducer")
         if reducer is None:
             return json.dumps(last.digests()).encode()
@@ -304,9 +306,12 @@ class _Told:
     run_digest: str
     promised: Manifest  # my own: it names the round and the commit before
     statements: dict[str, tuple[Statement, bytes]] = field(default_factory=dict)  # by reducer, and as signed
+    _digests: dict[str, str] = field(default_factory=dict)  # 0.7 ms each, for all who ask
 
     def digests(self) -> dict[str, str]:
-        return {member: statement.digest for member, (statement, _) in self.statements.items()}
+        for member in self.statements.keys() - self._digests.keys():
+            self._digests[member] = self.statements[member][0].digest
+        return self._digests
 
     def signed(self, reducer: str) -> bytes:
         if reducer not in self.statements:

@@ -6,11 +6,14 @@ state, chunk by chunk. So the peer that began the run may go.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import json
 import logging
 import shutil
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ from peer.state import kept_run, replace_directory
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_SECONDS = 10.0
+MAX_STATES_ON_DISK = 4  # whose manifests are kept: two checkpoints, and those before them
 NUM_ATTEMPTS = 4  # of a question that may be asked twice: a connection may break
 DOWNLOAD_TIMEOUT_SECONDS = 24 * 3600.0  # a stalled donor is left after 10 s; this only bounds the whole
 
@@ -55,6 +59,29 @@ class State:
     @classmethod
     def of(cls, layout: TensorLayout, flat: torch.Tensor) -> State:
         return cls(make_manifest(layout, flat), flat)
+
+
+class StatesOnDisk:
+    """States that are mapped files, hashed once each: it takes 72 ms for 90 MB, and every piece asks.
+
+    For any thread but the network's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._manifests: OrderedDict[str, StateManifest | None] = OrderedDict()  # None: not what it should be
+
+    def state(self, state_hash: str, layout: TensorLayout, flat: torch.Tensor) -> State | None:
+        """None when `flat` (num_values,) does not have this hash."""
+        with self._lock:  # who asks for the same meanwhile waits
+            if state_hash not in self._manifests:
+                found = make_manifest(layout, flat)
+                self._manifests[state_hash] = found if found.state_hash == state_hash else None
+            self._manifests.move_to_end(state_hash)
+            if len(self._manifests) > MAX_STATES_ON_DISK:
+                self._manifests.popitem(last=False)
+            manifest = self._manifests[state_hash]
+        return None if manifest is None else State(manifest, flat)
 
 
 def make_run(
@@ -96,13 +123,17 @@ def serve_run(
     find_state: Callable[[str], State | None],
     find_evidence: Callable[[str], memoryview | None] = lambda _: None,
 ) -> None:
-    """Answer others who ask for the spec, the model's files, a state by its hash, or evidence by its hash."""
+    """Answer others who ask for the spec, the model's files, a state by its hash, or evidence by its hash.
+
+    `find_state` and `find_evidence` are called in other threads than the network's: they may read a disk.
+    """
 
     async def on_spec(_peer_id: str, _body: Any) -> bytes:
         return spec.to_toml().encode()
 
     async def on_manifest(_peer_id: str, body: Any) -> bytes:
-        state = find_state(str(body.get("state"))) if isinstance(body, dict) else None
+        wanted = str(body.get("state")) if isinstance(body, dict) else ""
+        state = await asyncio.to_thread(find_state, wanted)
         if state is None:
             raise RecordError("not held here")
         manifest = state.manifest
@@ -132,8 +163,9 @@ def serve_run(
 
     def about(key: str, start: int, stop: int) -> About:
         kind, _, name = key.partition("/")
-        if kind == "state" and name in served:
-            return about_chunk(served[name], start, stop)
+        manifest = served.get(name) if kind == "state" else None
+        if manifest is not None:
+            return about_chunk(manifest, start, stop)
         file = spec.files.get(name) if kind == "file" else None
         is_whole = file is not None and (start, stop) == (0, file.size_bytes)
         known = bytes.fromhex(file.sha256) if file is not None and is_whole else b""

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -106,7 +107,7 @@ class StateManifest:
     layout: TensorLayout
     chunk_hashes: tuple[str, ...]  # sha256, hex, of each CHUNK_SIZE_BYTES of the flat bytes
 
-    @property
+    @cached_property  # each piece of a download asks for it
     def state_hash(self) -> str:
         """sha256 over names, shapes, dtype and chunk hashes, in canonical JSON."""
         header = {"layout": self.layout.to_json(), "dtype": "float32", "chunks": list(self.chunk_hashes)}

@@ -48,7 +48,15 @@ from peer.evaluate import Probe
 from peer.feedback import ErrorFeedback, cut_to_usual_norm
 from peer.finetune import Budget
 from peer.gatekeeper import AGREEING_SECONDS, GRACE_SECONDS, Gatekeeper
-from peer.genesis import State, ask_spec, get_model_files, get_state, load_first_state, serve_run
+from peer.genesis import (
+    State,
+    StatesOnDisk,
+    ask_spec,
+    get_model_files,
+    get_state,
+    load_first_state,
+    serve_run,
+)
 from peer.layout import TensorLayout
 from peer.learner import Evaluation, Learner, Progress
 from peer.ledger_file import LEDGER_NAME, Ledger
@@ -145,6 +153,7 @@ class Session:
         self._reporter, self._stop, self._manners = reporter, stop, manners
         self._dir = config.output_dir
         self._pending: dict[str, _Pending] = {}  # states that may be committed yet, by hash
+        self._states_on_disk = StatesOnDisk()
         self._promise_lock, self._num_promises, self._last_promise = threading.Lock(), 0, 0
         self._lies: set[tuple[str, int]] = set()  # who was convicted, and of which round
         self._audits: concurrent.futures.Future[None] | None = None  # the own ones, of the newest round
@@ -1037,7 +1046,7 @@ class Session:
         return self._reporter.progress(f"round {log.round}: {what}", total)
 
     def _find_state(self, state_hash: str) -> State | None:
-        """In memory, else in a checkpoint: the state before is on disk only."""
+        """In memory, else in a checkpoint: the state before is on disk only. Not for the network's thread."""
         pending = self._pending.get(state_hash)
         if pending is not None:
             return pending.state
@@ -1049,7 +1058,7 @@ class Session:
             flat = self._store.map_state(state_hash)
         except OSError:  # a newer checkpoint is taking its place this moment
             return None
-        return None if flat is None else State.of(self._layout, flat)
+        return None if flat is None else self._states_on_disk.state(state_hash, self._layout, flat)
 
     def _in_network(self, coroutine: Any, *, seconds: float = SHORT_SECONDS) -> Any:
         return self._network.run(coroutine, timeout_seconds=seconds)

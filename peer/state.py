@@ -86,6 +86,7 @@ class CheckpointStore:
         self.directory = Path(directory)
         self._root = self.directory / "checkpoints"
         self._broken: set[str] = set()  # found by load; replaced by the next save, never before
+        self._state_hashes: dict[str, str | None] = {}  # by name; of broken ones None
         self._lock_fd: int | None = _open_directory(self.directory, self._root)
         try:
             self.run_digest = self._stored_run()  # None until something is saved
@@ -140,13 +141,18 @@ class CheckpointStore:
         (layout.num_values,) float32; None when no kept checkpoint holds that state. Never write to it.
         """
         for name in reversed(self._names()):
-            try:
-                metadata = _read_metadata(self._root / name)
-            except _BrokenCheckpointError:
-                continue
-            if metadata["state_hash"] == state_hash and name not in self._broken:
+            if name not in self._broken and self._state_hash(name) == state_hash:
                 return _map_vector(self._root / name / _BACKBONE)
         return None
+
+    def _state_hash(self, name: str) -> str | None:
+        """Read once: others may ask for a state as often as they like, and the file holds the whole chain."""
+        if name not in self._state_hashes:
+            try:
+                self._state_hashes[name] = _read_metadata(self._root / name)["state_hash"]
+            except _BrokenCheckpointError:
+                self._state_hashes[name] = None
+        return self._state_hashes[name]
 
     def map_residual(self) -> torch.Tensor | None:
         """The same of the newest checkpoint's residual; None when it has none."""
@@ -209,6 +215,7 @@ class CheckpointStore:
         except OSError as error:  # the new checkpoint is safe; the old one only takes up space
             logger.warning("cannot delete the old checkpoint %s: %s", self._root / name, error)
         self._broken.discard(name)
+        self._state_hashes.pop(name, None)
 
 
 def replace_directory(target: Path, write: Callable[[Path], None]) -> None:

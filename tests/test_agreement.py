@@ -35,7 +35,15 @@ from coordinator.chain import Chain, build_chain
 from coordinator.errors import RoundError
 from coordinator.identity import load_identity
 from coordinator.network import Network, PeerUnreachable
-from coordinator.records import Acceptance, Commit, Promise, Proposal, sign, signature_text
+from coordinator.records import (
+    Acceptance,
+    Commit,
+    Promise,
+    Proposal,
+    SignedCommit,
+    sign,
+    signature_text,
+)
 from coordinator.rounds import CatchUp, Fuse
 from coordinator.spec import RunSpec
 from tests.fakes import (
@@ -472,6 +480,31 @@ def test_a_long_chain_comes_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
         found = newcomer.run(newcomer.agreement.better_chain())
         assert found is not None
         assert found[0] == chain
+
+
+def test_a_chain_that_was_handed_out_once_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 commits of 32 peers took 9.5 ms of the network's thread, for every call of a stranger."""
+    with swarm(2, tmp_path) as [holder, stranger]:
+        chain = holder.agreement.chain
+        for _ in range(5):
+            chain = extend(chain, ["a", "b"])
+        holder.adopt(chain)
+        body = {"run": chain.spec.digest, "after": 1}
+
+        def ask() -> bytes:
+            call = stranger.network.call(holder.peer_id, "chain", body, timeout_seconds=CALL_SECONDS)
+            return stranger.run(call)
+
+        first = ask()
+        assert [SignedCommit.model_validate(entry) for entry in json.loads(first)] == list(chain.commits[1:])
+
+        def never(_: object) -> bytes:
+            raise AssertionError("written again")
+
+        monkeypatch.setattr(SignedCommit, "canonical", never)
+        assert ask() == first
 
 
 def test_of_a_fork_the_heavier_side_wins_on_both(tmp_path: Path) -> None:

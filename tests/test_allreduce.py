@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import logging
 import math
 import threading
@@ -19,6 +20,7 @@ import torch
 
 from coordinator.agreement import Group, GroupFailed
 from coordinator.errors import RoundError
+from coordinator.network import PeerUnreachable
 from coordinator.records import open_signed, parse_json, sign
 from coordinator.streams import FrameStream, StreamError, open_stream
 from peer import allreduce
@@ -1296,6 +1298,28 @@ def test_two_statements_of_one_reducer_are_a_proof(swarm: Swarm, monkeypatch: py
     assert all(error.is_proven for error in errors if isinstance(error, GroupFailed))
     group = swarm.group(round=2)  # of another round there is nothing to compare
     assert_mean_of_recorded(group, swarm.reduce(group, outgoing), outgoing)
+
+
+def test_statements_are_for_members_of_the_group_and_hashed_once(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """21 ms for those of 32 reducers, in the network's thread, for whoever asks."""
+    group = swarm.group(3)
+    swarm.reduce(group, swarm.prepare(deltas(3)))
+    body = {"run": RUN, "group": group.group_id.hex()}
+
+    def ask(asking: int, **more: str) -> bytes:
+        network = swarm.networks[asking]
+        call = network.call(group.members[0], "statements", {**body, **more}, timeout_seconds=CALL_SECONDS)
+        return network.run(call, timeout_seconds=CALL_SECONDS)
+
+    digests = ask(1)
+    assert json.loads(digests).keys() == set(group.members)
+    for more in ({}, {"reducer": group.members[0]}):
+        with pytest.raises(PeerUnreachable, match="not in this group"):
+            ask(3, **more)
+    monkeypatch.setattr(Statement, "digest", property(lambda _: pytest.fail("hashed again")))
+    assert json.loads(ask(2)) == json.loads(digests)
 
 
 def test_a_failed_attempt_is_followed_by_another(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,20 @@ def admitted(limiter: Limiter, peer_id: str, num_calls: int, now: float) -> int:
     return sum(isinstance(limiter.admit(peer_id, now), float) for _ in range(num_calls))
 
 
+def test_what_an_answer_cost_is_waited_for() -> None:
+    calls = limiter(max_refused=10_000)
+    assert calls.admit("a", 0.0) == 0.0  # a level of 2
+    calls.charge("a", 0.0, 5.0)  # -3: the next token is there after 0.4 s
+    assert calls.admit("a", 0.0) == pytest.approx(0.4)
+    assert not calls.is_overdrawn("a", 0.0)
+    calls.charge("a", 0.0, 2.0)  # -6: 0.7 s are too long
+    assert calls.is_overdrawn("a", 0.0)
+    assert isinstance(calls.admit("a", 0.0), Refusal)
+    assert calls.admit("b", 0.0) == 0.0
+    assert not calls.is_overdrawn("a", 0.3)
+    assert calls.admit("a", 0.3) == pytest.approx(0.4)
+
+
 def test_one_peers_flood_costs_another_nothing() -> None:
     calls = limiter(max_refused=10_000)
     assert admitted(calls, "flood", 10_000, 0.0) == 3 + 5  # the burst, and those that may wait

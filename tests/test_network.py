@@ -28,7 +28,13 @@ from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration
 from coordinator import guard
 from coordinator import network as network_module
 from coordinator.errors import NetworkError, UsageError
-from coordinator.guard import CALLS, MAX_CALL_BYTES, MAX_STREAM_MESSAGE_BYTES, MAX_STREAMS_PER_PEER
+from coordinator.guard import (
+    CALLS,
+    MAX_CALL_BYTES,
+    MAX_STREAM_MESSAGE_BYTES,
+    MAX_STREAMS_PER_PEER,
+    TOKEN_BYTES,
+)
 from coordinator.network import Network, PeerUnreachable, is_entry_address
 from coordinator.records import RecordError
 from tests.fakes import CALL_SECONDS, addresses, network_config, new_directory, peer, running_networks
@@ -519,6 +525,57 @@ def test_a_flood_of_calls_is_refused_and_its_sender_cut_off_while_others_are_ser
     )
     assert not any(honest.peer_id[-8:] in record.message for record in caplog.records)
     assert victim.p2p._client.control._handler_tasks == {}  # nothing is kept of what was refused or cancelled
+
+
+ANSWER_BYTES = 256 * 1024  # a page of a chain
+
+
+def test_small_calls_for_large_answers_are_in_the_budget(attacked: list[Network]) -> None:
+    """At 100 calls a second one peer had 58 MB a second of a chain, and most of the network's thread."""
+    victim, attacker, honest = attacked
+    num_served = 0
+
+    async def page(_peer_id: str, _body: Any) -> bytes:
+        nonlocal num_served
+        num_served += 1
+        return bytes(ANSWER_BYTES)
+
+    victim.on_call("page", page)
+    started = time.monotonic()
+    future = attacker.submit(flood(attacker, victim.peer_id, "page", 1000))
+    while not future.done():
+        assert call(honest, victim.peer_id, "echo")
+    answers = future.result()
+    rate, tokens = CALLS.per_peer, 1 + ANSWER_BYTES // TOKEN_BYTES
+    budget = rate.burst + rate.per_second * (time.monotonic() - started + rate.max_delay_seconds)
+    assert answers.count("") <= num_served <= budget / tokens + 1
+    assert sum("too many calls: slow down" in answer for answer in answers) > 900
+
+
+def test_who_asks_for_one_page_after_another_is_served(attacked: list[Network]) -> None:
+    """8 MB of a chain: it waits, 1.6 MB a second, and is not refused; nor is what it sends beside that."""
+    victim, _, honest = attacked
+
+    async def page(_peer_id: str, _body: Any) -> bytes:
+        return bytes(ANSWER_BYTES)
+
+    async def pages() -> int:
+        return sum(
+            [
+                len(await honest.call(victim.peer_id, "page", None, timeout_seconds=CALL_SECONDS))
+                for _ in range(32)
+            ]
+        )
+
+    victim.on_call("page", page)
+    started = time.monotonic()
+    future = honest.submit(pages())
+    while not future.done():
+        assert call(honest, victim.peer_id, "echo", seconds=2.0)
+        time.sleep(0.1)
+    assert future.result() == 32 * ANSWER_BYTES
+    assert time.monotonic() - started < 15.0
+    assert victim.num_refused == 0
 
 
 def test_a_busy_honest_peer_waits_and_is_not_refused(attacked: list[Network]) -> None:
