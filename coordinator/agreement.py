@@ -42,6 +42,7 @@ from coordinator.ballot import (
     group_of,
     member_records,
     rollback_commit,
+    voters_of,
 )
 from coordinator.chain import Chain, is_better
 from coordinator.chain_exchange import ChainExchange
@@ -371,7 +372,7 @@ class Agreement:
 
     def ban(self, peer_id: str, why: str) -> None:
         """Exclude a peer from the rest of the run: never in a group, never counted."""
-        self.membership.ban(peer_id, why)
+        self.membership.ban(peer_id, why, members=self.chain.members)
         self._bell.ring()
 
     async def leave(self) -> None:
@@ -667,7 +668,7 @@ class Agreement:
 
     def _put_out(self, peer_ids: frozenset[str]) -> None:
         for peer in sorted(peer_ids - self.membership.banned - {self._identity.peer_id}):
-            self.membership.ban(peer, "the organizer has revoked it")
+            self.membership.ban(peer, "the organizer has revoked it", members=self.chain.members)
         self._bell.ring()
 
     async def _on_revocations(self, _peer_id: str, body: Any) -> bytes:
@@ -694,6 +695,8 @@ class Agreement:
                 raise RecordError("the proposal is not signed by its sender")
             if self._roster.is_excluded(author):
                 raise RecordError("the proposer is excluded")
+            if not (author in self.chain.cohort or self.membership.has_heard(author)):
+                raise RecordError("the proposer is not known here")  # before 1024 records of it are opened
             self._check_credentials(proposal)
             if not self._leaders.is_heard(author, time.monotonic()):
                 raise RecordError("several of your proposals came to nothing: let others propose")
@@ -763,6 +766,10 @@ class Agreement:
     async def _on_vote(self, peer_id: str, body: Any) -> bytes:
         if not isinstance(body, dict) or body.get("run") != self.chain.spec.digest:
             raise RecordError("of another run")
+        _, proposal = self._proposal or (None, None)
+        expected = self.chain.cohort if proposal is None else self.chain.cohort | voters_of(proposal)
+        if not (peer_id in expected or self._voting.expects(peer_id)):
+            raise RecordError("your vote does not count here")
         self._voting.add(peer_id, str(body.get("commit"))[:64], str(body.get("signature"))[:88])
         return b"{}"
 

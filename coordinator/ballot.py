@@ -272,12 +272,15 @@ def check_proposal(author: str, proposal: Proposal, view: View, own_peer_id: str
         raise RecordError(f"I am not ready for round {proposal.round}: {view.phase}")
     if abs(proposal.proposed_at - view.now) > MAX_CLOCK_SKEW_SECONDS:
         raise RecordError("proposed at another time than now: is a clock wrong?")
+    named = [member.get("peer_id") for member in proposal.members]
+    if author not in named or len(set(named)) != len(named):  # before the signature of each is checked
+        raise RecordError("the proposer is not in the group, or somebody is in it twice")
+    if own_peer_id not in named:
+        raise RecordError("I am not in the group as I am")
     members = dict(member_records(proposal))
     mine = members.get(own_peer_id)
     if mine is None or mine.num_examples != view.num_examples:
         raise RecordError("I am not in the group as I am")
-    if author not in members or len(members) != len(proposal.members):
-        raise RecordError("the proposer is not in the group, or somebody is in it twice")
     for peer, record in members.items():
         is_here = record.run == proposal.run and record.commit == chain.tip
         if not is_here or not _takes_part(proposal, record.phase):
@@ -306,6 +309,11 @@ def _check_rollback(proposal: Proposal, view: View) -> None:
     if tuple(proposal.excluded) != view.leaves_out:
         raise RecordError("I would leave out another one after the roll-back")
     verify_value(rollback_commit(proposal, view.chain), view.chain)
+
+
+def voters_of(proposal: Proposal) -> frozenset[str]:
+    """Members and electorate of a proposal that was accepted: by then, the signatures were checked."""
+    return frozenset(proposal.electorate) | {member["peer_id"] for member in proposal.members}
 
 
 def member_records(proposal: Proposal) -> list[tuple[str, PeerRecord]]:
@@ -517,22 +525,24 @@ class VoteBox:
     """Signatures as they come in, before or after the own result; bounded per peer, checked when counted."""
 
     def __init__(self) -> None:
-        self._votes: dict[str, dict[str, str]] = {}  # digest of a commit -> peer -> signature
+        self._votes: dict[str, dict[str, str]] = {}  # peer -> digest of a commit -> signature
         self._checked: set[tuple[str, str, str]] = set()  # digest, peer and a signature that fits
 
     def add(self, peer_id: str, digest: str, signature: str) -> None:
-        earlier = [votes for votes in self._votes.values() if peer_id in votes]
-        if len(earlier) >= MAX_VOTES_PER_PEER:
-            del earlier[0][peer_id]
-        self._votes.setdefault(digest, {})[peer_id] = signature
-        self._votes = {commit: votes for commit, votes in self._votes.items() if votes}
+        """Costs the same however many peers vote: whose votes may count is for the caller to ask."""
+        votes = self._votes.setdefault(peer_id, {})
+        votes.pop(digest, None)
+        votes[digest] = signature
+        if len(votes) > MAX_VOTES_PER_PEER:
+            del votes[next(iter(votes))]
 
     def count(self, commit: Commit, allowed: Collection[str]) -> dict[str, str]:
         """The valid signatures of `commit` by `allowed` peers; others are dropped for good."""
-        votes = self._votes.setdefault(commit.digest, {})
+        digest = commit.digest
+        votes = {p: by_digest[digest] for p, by_digest in self._votes.items() if digest in by_digest}
         for peer in [p for p, s in votes.items() if p not in allowed or not self._fits(s, commit, p)]:
             logger.warning("dropped a vote of %s: the signature does not fit", peer[-8:])
-            del votes[peer]
+            del votes[peer], self._votes[peer][digest]
         return dict(sorted(votes.items()))
 
     def _fits(self, signature: str, commit: Commit, peer_id: str) -> bool:
@@ -549,7 +559,7 @@ class VoteBox:
 
     def others(self, commit: Commit) -> frozenset[str]:
         """Who has signed something else."""
-        return frozenset(p for digest, votes in self._votes.items() if digest != commit.digest for p in votes)
+        return frozenset(p for p, votes in self._votes.items() if votes.keys() - {commit.digest})
 
     def clear(self) -> None:
         self._votes.clear()

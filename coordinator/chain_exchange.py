@@ -17,6 +17,7 @@ from typing import Any
 
 from coordinator.chain import Chain, is_better
 from coordinator.errors import NetworkError
+from coordinator.limits import Recent
 from coordinator.membership import Member, Membership
 from coordinator.network import Network
 from coordinator.pace import Pace
@@ -30,6 +31,7 @@ MIN_PAUSE_SECONDS = 1.0  # after an empty claim
 MAX_PAUSE_LEASES = 10.0
 MAX_DOUBTED = 1024
 MAX_CHAIN_REPLY_COMMITS = 50
+MAX_REJECTED_TIPS = 1024  # anybody can make chains of his own keys; one forgotten is fetched once more
 MAX_CHAIN_REPLY_BYTES = 256 * 1024  # of several commits: 16 tokens of a caller's budget (guard.py)
 
 
@@ -45,7 +47,7 @@ class ChainExchange:
     ) -> None:
         self._network, self._membership, self._pace = network, membership, pace
         self._own_chain = own_chain
-        self._rejected_tips: set[str] = set()
+        self._rejected_tips: Recent[str] = Recent(MAX_REJECTED_TIPS)
         self._doubts: dict[str, _Doubt] = {}  # by peer
         network.on_call("chain", self._on_chain)
 
@@ -60,7 +62,7 @@ class ChainExchange:
             is_doubted = self._doubts.get(member.peer_id, _Doubt()).until > now
             (doubted if is_doubted else believed).add(member.record.commit)
         own = {signed.commit.hash for signed in self._own_chain().commits}
-        return own | self._rejected_tips | (doubted - believed)
+        return own.union(self._rejected_tips, doubted - believed)
 
     async def best_claimed(self) -> Chain | None:
         """The best chain among those that live peers claim, verified, if it is better than the own one.

@@ -14,12 +14,20 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from coordinator.admission import Admission
-from coordinator.records import PeerRecord, Phase, RecordError, check_times, open_signed
+from coordinator.records import (
+    MAX_CLOCK_SKEW_SECONDS,
+    PeerRecord,
+    Phase,
+    RecordError,
+    check_times,
+    open_signed,
+)
 from coordinator.spec import RunSpec
 
 logger = logging.getLogger(__name__)
 
 MAX_PEERS_KNOWN = 4096
+MAX_BANNED = 4096  # whoever made a round is banned beyond that number, too
 TRAINING_PHASES = frozenset({"finetuning", "ready", "evaluating"})
 CLOCK_DIFFERENCE_SECONDS = 2.0  # between two peers; beyond that, rounds may fork and heal
 
@@ -46,7 +54,7 @@ class Membership:
         self._members: dict[str, Member] = {}
         self._forgotten: dict[str, float] = {}  # peer id -> instant up to which its heartbeats do not count
         self._heard: dict[str, PeerRecord] = {}  # the newest of each, expired and forgotten ones included
-        self._banned: set[str] = set()
+        self._banned: dict[str, None] = {}  # in order of time
         self._complained: set[tuple[str, str]] = set()
 
     def observe(self, data: bytes, *, now: float, claimed_by: str | None = None) -> Member | None:
@@ -94,6 +102,7 @@ class Membership:
         with self._lock:
             for peer_id in [p for p, member in self._members.items() if member.record.expires_at <= now]:
                 del self._members[peer_id]
+            self._forgotten = {p: at for p, at in self._forgotten.items() if self._may_come_again(at, now)}
             members = list(self._members.values())
         return sorted((m for m in members if m.record.phase != "leaving"), key=lambda member: member.peer_id)
 
@@ -107,6 +116,10 @@ class Membership:
             return None
         return member.record.phase
 
+    def has_heard(self, peer_id: str) -> bool:
+        """Of late: expired and forgotten ones included."""
+        return peer_id in self._heard
+
     def heard(self) -> dict[str, PeerRecord]:
         """The newest record of each, by peer id; those that have expired or said goodbye included."""
         with self._lock:
@@ -119,11 +132,22 @@ class Membership:
             if member is not None:
                 self._forgotten[peer_id] = member.record.issued_at
 
-    def ban(self, peer_id: str, why: str) -> None:
-        """For the rest of the run: no record of it counts, and no majority counts it."""
+    def _may_come_again(self, issued_at: float, now: float) -> bool:
+        """Whether a heartbeat of that instant may still count as a new one; see `check_times`."""
+        return issued_at + self._spec.lease_seconds + MAX_CLOCK_SKEW_SECONDS > now
+
+    def ban(self, peer_id: str, why: str, *, members: Collection[str] = ()) -> None:
+        """For the rest of the run: no record of it counts, and no majority counts it.
+
+        Beyond MAX_BANNED the oldest go that are no `members` of the chain: their holders can make new keys.
+        """
         with self._lock:
-            self._banned.add(peer_id)
+            self._banned[peer_id] = None
             self._members.pop(peer_id, None)
+            if len(self._banned) > MAX_BANNED:
+                strangers = [p for p in self._banned if p not in members and p != peer_id]
+                for stranger in strangers[: len(self._banned) - MAX_BANNED]:
+                    del self._banned[stranger]
         logger.warning("peer %s is excluded from the run: %s", peer_id[-8:], why)
 
     @property

@@ -58,6 +58,7 @@ class Voting:
     def begin_round(self) -> None:
         self._box = VoteBox()
         self._until = 0.0  # DHT time
+        self._allowed: frozenset[str] = frozenset()  # whose signatures belong to the running ballot
 
     @property
     def is_running(self) -> bool:
@@ -65,6 +66,9 @@ class Voting:
 
     def stop(self) -> None:
         self._until = 0.0
+
+    def expects(self, peer_id: str) -> bool:
+        return peer_id in self._allowed
 
     def add(self, peer_id: str, digest: str, signature: str) -> None:
         self._box.add(peer_id, digest, signature)
@@ -88,7 +92,7 @@ class Voting:
         self, ballot: Ballot, commit: Commit, chain: Chain, grace_seconds: float
     ) -> SignedCommit:
         """Raises RoundError when a majority does not sign the same in time."""
-        allowed = signers_of(ballot, commit)
+        self._allowed = allowed = signers_of(ballot, commit)
         majority_at: float | None = None
         while True:
             now = self._network.now()

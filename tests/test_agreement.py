@@ -40,6 +40,7 @@ from coordinator.records import (
     Commit,
     Promise,
     Proposal,
+    RecordError,
     SignedCommit,
     sign,
     signature_text,
@@ -505,6 +506,31 @@ def test_a_chain_that_was_handed_out_once_is_not_written_again(
 
         monkeypatch.setattr(SignedCommit, "canonical", never)
         assert ask() == first
+
+
+def test_strangers_neither_vote_nor_propose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with swarm(2, tmp_path) as [me, stranger]:
+        agreement = me.agreement
+        agreement.membership._heard.clear()
+        body = {"run": agreement.chain.spec.digest, "commit": hash_of("x"), "signature": "y"}
+        with pytest.raises(RecordError, match="does not count"):
+            me.run(agreement._on_vote(stranger.peer_id, body))
+        assert not agreement._voting._box._votes
+        proposal = Proposal(
+            run=agreement.chain.spec.digest,
+            round=1,
+            attempt=0,
+            previous=agreement.chain.tip,
+            members=[{}],
+            electorate=[stranger.peer_id],
+            proposed_at=Network.now(),
+        )
+        signed = sign(proposal, stranger.identity).to_json()
+        answer = json.loads(me.run(agreement._on_propose(stranger.peer_id, signed)))
+        assert answer["why"] == "the proposer is not known here"
+        agreement.chain = extend(agreement.chain, ["a", "b"])
+        me.run(agreement._on_vote(peer("a"), body))
+        assert set(agreement._voting._box._votes) == {peer("a")}
 
 
 def test_of_a_fork_the_heavier_side_wins_on_both(tmp_path: Path) -> None:

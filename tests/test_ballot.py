@@ -373,7 +373,8 @@ def test_votes_are_bounded_and_bad_ones_dropped() -> None:
     votes = VoteBox()
     for number in range(20):
         votes.add(peer("b"), hash_of(str(number)), "x")
-    assert len(votes._votes) == MAX_VOTES_PER_PEER
+    assert list(votes._votes) == [peer("b")]
+    assert list(votes._votes[peer("b")]) == [hash_of(str(n)) for n in range(20 - MAX_VOTES_PER_PEER, 20)]
     allowed = signers_of(ballot, commit)
     votes.add(peer("a"), commit.digest, voters[0].sign(commit, proposal))
     votes.add(peer("c"), commit.digest, signature_text(commit, identity("b")))
@@ -383,6 +384,26 @@ def test_votes_are_bounded_and_bad_ones_dropped() -> None:
     votes.add(peer("c"), commit.digest, voters[2].sign(commit, proposal))
     assert votes.certificate(commit, allowed, EMPTY) is not None
     assert votes.others(commit) == {peer("b")}
+
+
+def test_whose_vote_it_is_costs_the_same_however_many_vote() -> None:
+    votes = VoteBox()
+    for number in range(1000):
+        votes.add(str(number), hash_of("x"), "y")
+    votes.add("1", hash_of("x"), "z")
+    assert (len(votes._votes), votes._votes["1"]) == (1000, {hash_of("x"): "z"})
+
+
+def test_a_proposal_without_its_author_or_me_is_refused_before_its_records_are_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to 1024 signatures, half a millisecond each."""
+    [b] = sides("b")
+    without_me, without_author, twice = propose("ac"), propose("bc"), propose("aba")
+    monkeypatch.setattr("coordinator.ballot.member_records", lambda _: pytest.fail("opened"))
+    for proposal in (without_me, without_author, twice):
+        with pytest.raises(RecordError, match=r"in the group|in it twice"):
+            b.accept(proposal)
 
 
 def test_a_proposal_and_a_begin_of_256_members_fit_into_a_message() -> None:

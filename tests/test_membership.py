@@ -11,7 +11,7 @@ from coordinator import membership as membership_module
 from coordinator.chain import Chain
 from coordinator.membership import Membership
 from coordinator.records import sign
-from tests.fakes import NOW, hash_of, identity, make_heartbeat, make_spec, peer
+from tests.fakes import NOW, hash_of, identity, make_heartbeat, make_spec, peer, peers
 
 CHAIN = Chain(make_spec())
 
@@ -177,3 +177,30 @@ def test_a_flood_of_identities_makes_nobody_silent(
     members.observe(beat("d", issued_at=later, expires_at=later + 30.0), now=later)
     assert names(members, later) == ["d"]
     assert absent(members, "abcd", later, listened=1e9) == "abc"
+
+
+def test_what_is_kept_of_peers_that_could_not_be_reached_is_bounded_by_time(members: Membership) -> None:
+    """A heartbeat of before counts for no longer than it could be taken for a new one."""
+    told = sign(make_heartbeat(CHAIN), identity("b")).to_bytes()
+    assert members.observe(told, now=NOW) is not None
+    members.forget(peer("b"))
+    assert members.observe(told, now=NOW) is None
+    assert members.live(NOW + 30.0) == []
+    assert members._forgotten
+    members.live(NOW + CHAIN.spec.lease_seconds + 11.0)
+    assert not members._forgotten
+
+
+def test_members_of_the_chain_stay_banned_whatever_strangers_do(
+    members: Membership, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.membership.MAX_BANNED", 3)
+    chain_members = [peer("a"), peer("b")]
+    for name in "ab":
+        members.ban(peer(name), "lied", members=chain_members)
+    for number in range(10):
+        members.ban(f"stranger {number}", "lied", members=chain_members)
+    assert members.banned == {*chain_members, "stranger 9"}
+    for name in "cd":
+        members.ban(peer(name), "lied", members=[*chain_members, *peers("cd")])
+    assert members.banned == set(peers("abcd"))
