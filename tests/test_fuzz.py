@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import json
 import string
 from collections.abc import Callable
@@ -25,10 +26,11 @@ from hypothesis import strategies as st
 
 from coordinator import records
 from coordinator.admission import Admission
+from coordinator.ballot import Candidacy, View, check_begin, check_proposal
 from coordinator.board import BoardValidator, board_key
 from coordinator.chain import Chain
 from coordinator.credentials import INVITE_PREFIX, _checksum, make_invite, open_revocations, parse_invite
-from coordinator.errors import AccessError, SpecError
+from coordinator.errors import AccessError, RoundError, SpecError
 from coordinator.membership import Membership
 from coordinator.network import _parse_request, is_entry_address
 from coordinator.records import (
@@ -39,11 +41,14 @@ from coordinator.records import (
     open_signed,
     parse_json,
     parse_record,
+    sign,
 )
 from coordinator.spec import parse_spec
 from coordinator.transfer import parse_range
 from peer import manifest as manifests
+from peer.audit import Evidence, NotConclusive, from_bytes, judge, to_bytes
 from peer.compression import CODECS
+from peer.contradiction import Contradiction, UnknownRoundError, judge_statements
 from peer.genesis import _parse_manifest
 from peer.layout import TensorLayout, make_manifest
 from peer.manifest import Manifest, Statement, open_manifest, open_statement
@@ -351,6 +356,92 @@ def take_revocations(data: bytes) -> object:
     return open_revocations(data, run=RUN, organizer=peer("a"))
 
 
+# Of agreement: each signed record is of "a", whoever it claims to be.
+READY = make_heartbeat(CHAIN, phase="ready", num_examples=100)
+READY_PROPOSAL = records.Proposal.model_validate(
+    {
+        **PROPOSAL_VALUES,
+        "members": [sign(READY, identity(name)).to_json() for name in "ab"],
+        "electorate": [peer("a"), peer("b")],
+    }
+)
+VIEW = View(CHAIN, "ready", 100, frozenset({peer("a")}), NOW)
+ACCEPTANCES = {
+    name: sign(records.Acceptance(run=RUN, proposal=READY_PROPOSAL.hash), identity(name)).to_json()
+    for name in "ab"
+}
+BEGIN = {
+    "proposal": READY_PROPOSAL.hash,
+    "members": [peer("a"), peer("b")],
+    "acceptances": [ACCEPTANCES["a"], ACCEPTANCES["b"]],
+    "lock": None,
+}
+ANSWER = {"acceptance": ACCEPTANCES["a"], "lock": SIGNED_COMMIT.model_dump(mode="json")}
+EVIDENCE = Evidence("mean", "none", "fp32", GRID.num_values, 0, peer("a"), (b"{}",), (b"{}",), (b"67",), b"8")
+
+
+def take_proposal(data: bytes) -> object:
+    proposal = parse_record(parse_json(data), records.Proposal)
+    check_proposal(peer("a"), proposal, VIEW, peer("b"))
+    return proposal.hash
+
+
+def take_begin(data: bytes) -> object:
+    return check_begin(parse_json(data), peer("a"), READY_PROPOSAL, CHAIN, peer("b")).attempt
+
+
+def take_answer(data: bytes) -> object:
+    answer = parse_json(data)
+    candidacy = Candidacy(peer("a"), READY_PROPOSAL, CHAIN)
+    fields = answer if isinstance(answer, dict) else {}
+    candidacy.add(peer("a"), fields.get("acceptance"), fields.get("lock"))
+    return candidacy
+
+
+def take_page(data: bytes) -> object:
+    """As `ChainExchange` reads what another peer says happened."""
+    page, chain = parse_json(data), CHAIN
+    if not isinstance(page, list):
+        raise RecordError("no page")
+    for entry in page:
+        chain = chain.extended(parse_record(entry, records.SignedCommit))
+    return chain.tip
+
+
+def take_evidence(data: bytes) -> object:
+    evidence = from_bytes(data)
+    if isinstance(evidence, Contradiction):
+        return judge_statements(evidence, RUN, CHAIN)
+    return judge(evidence, RUN)
+
+
+def evidence_bytes() -> st.SearchStrategy[bytes]:
+    """Headers with something changed, and signed statements that are none."""
+    data = to_bytes(EVIDENCE)
+    start = 4 + int.from_bytes(data[:4], "big")
+    header, blobs = json.loads(data[4:start]), data[start:]
+
+    def with_header(text: bytes) -> bytes:
+        return len(text).to_bytes(4, "big") + text + blobs
+
+    def of_statements(statements: list[bytes]) -> bytes:
+        return to_bytes(Contradiction(peer("a"), tuple(statements)))
+
+    def of_parts(statement: bytes, manifest: bytes, part: bytes) -> bytes:
+        changed_evidence = dataclasses.replace(
+            EVIDENCE, statements=(statement,), manifests=(manifest,), parts=(part,)
+        )
+        return to_bytes(changed_evidence)
+
+    statements = changed(STATEMENT_VALUES).map(signed_bytes)
+    return st.one_of(
+        changed(header).map(encode).map(with_header),
+        st.lists(statements, max_size=5).map(of_statements),
+        st.builds(of_parts, statements, envelopes(MANIFEST_RECORD), st.binary(max_size=8)),
+        _bytes,
+    )
+
+
 OWN = (RecordError,)
 TARGETS: dict[str, Target] = {
     "json": Target(_bytes, parse_json, OWN),
@@ -376,6 +467,11 @@ TARGETS: dict[str, Target] = {
     "what is said at the door": Target(messages(SHOWN), present, OWN),
     "revocations": Target(envelopes(REVOCATIONS), take_revocations, OWN),
     "encoded part": Target(encoded_parts(), decode, (ValueError,)),
+    "a proposal to join": Target(messages(READY_PROPOSAL.model_dump(mode="json")), take_proposal, OWN),
+    "a begin": Target(messages(BEGIN), take_begin, (RecordError, RoundError)),
+    "an answer to a proposal": Target(messages(ANSWER), take_answer, OWN),
+    "a page of a chain": Target(messages([SIGNED_COMMIT.model_dump(mode="json")]), take_page, OWN),
+    "evidence": Target(evidence_bytes(), take_evidence, (RecordError, NotConclusive, UnknownRoundError)),
 }
 
 
@@ -414,6 +510,11 @@ def test_what_is_valid_is_taken() -> None:
     assert parse_values(records.PeerRecord)(encode(HEARTBEAT.model_dump(mode="json")))
     assert parse_values(records.Commit)(encode(COMMIT.model_dump(mode="json")))
     assert parse_values(records.Proposal)(encode(PROPOSAL_VALUES))
+    assert take_begin(encode(BEGIN)) == READY_PROPOSAL.attempt
+    take_proposal(encode(READY_PROPOSAL.model_dump(mode="json")))
+    take_answer(encode({"acceptance": ACCEPTANCES["a"]}))
+    assert take_page(encode([SIGNED_COMMIT.model_dump(mode="json")])) == COMMIT.hash
+    assert from_bytes(to_bytes(EVIDENCE)) == EVIDENCE
     assert extend_chain(encode(SIGNED_COMMIT.model_dump(mode="json")))
     assert open_as(records.PeerRecord)(signed_bytes(HEARTBEAT.model_dump(mode="json")))
     assert observe(signed_bytes(HEARTBEAT.model_dump(mode="json")))
