@@ -35,6 +35,7 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[tuple[Page, l
     asked: list[str] = []
     wrong: list[str] = []
     page = browser.new_page(**options)
+    page.set_default_timeout(WAIT_MS)  # a busy machine draws slowly
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: refuse(dialog, wrong))
