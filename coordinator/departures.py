@@ -16,6 +16,7 @@ import ipaddress
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from typing import Literal
 
 from coordinator.errors import NetworkError
 from coordinator.membership import Member, Membership
@@ -31,6 +32,7 @@ MAX_DIALLED = 8  # addresses of one peer
 
 # Whose departure matters, and whether I wait for them.
 Waiting = Callable[[], tuple[Collection[Member], bool]]
+Knocked = Literal["open", "refused", "silent"]
 
 
 class Departures:
@@ -108,16 +110,19 @@ def _is_ip(host: str) -> bool:
 
 
 async def _refuses(endpoint: tuple[str, int] | None) -> bool:
-    if endpoint is None:
-        return False
+    return endpoint is not None and await knock(endpoint, DIAL_SECONDS) == "refused"
+
+
+async def knock(endpoint: tuple[str, int], seconds: float) -> Knocked:
+    """What comes of a TCP connection to a host and port; it carries nothing and is closed at once."""
     try:
-        async with asyncio.timeout(DIAL_SECONDS):
+        async with asyncio.timeout(seconds):
             _, writer = await asyncio.open_connection(*endpoint)
     except ConnectionRefusedError:
-        return True
+        return "refused"
     except (OSError, OverflowError):  # no way there, silence (TimeoutError is an OSError), or no port
-        return False
+        return "silent"
     writer.close()
     with suppress(OSError):
         await writer.wait_closed()
-    return False
+    return "open"

@@ -374,6 +374,17 @@ class Network:
         except _TRANSPORT_ERRORS as error:
             raise NetworkError(f"the p2p daemon does not answer: {_first_line(error)}") from error
 
+    async def remote_hosts(self, peer_id: str) -> list[str]:
+        """IP addresses at which a peer that is connected here is seen, relays aside. Raises NetworkError."""
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_SECONDS):
+                infos = await self.p2p.list_peers()
+        except _TRANSPORT_ERRORS as error:
+            raise NetworkError(f"the p2p daemon does not answer: {_first_line(error)}") from error
+        seen = [str(a).split("/") for i in infos if str(i.peer_id) == peer_id for a in i.addrs]
+        direct = [parts for parts in seen if len(parts) > 2 and "p2p-circuit" not in parts]
+        return list(dict.fromkeys(parts[2] for parts in direct if parts[1] in ("ip4", "ip6")))
+
     async def start_dht(self, validator: RecordValidatorBase) -> None:
         """Become a node of the DHT of the entry points; `validator` guards what it stores and reads."""
         self._validator = validator

@@ -11,12 +11,13 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from coordinator.dial_back import DialledBack
 from coordinator.errors import NetworkError, StateError, SwarmError
 from coordinator.membership import CLOCK_DIFFERENCE_SECONDS
 from coordinator.records import MAX_CLOCK_SKEW_SECONDS
@@ -486,11 +487,19 @@ class Reach:
     answered: frozenset[Scope]  # of own addresses: where a second process reached this peer
     unanswered: tuple[str, ...]  # own addresses at which it did not
     entry_scopes: frozenset[Scope]  # of the entry points that answered; empty: this peer begins a swarm
+    dialled_back: tuple[DialledBack, ...] = ()  # what peers of the run say who tried
 
 
 def judge_reach(reach: Reach) -> Check:
-    """Whether others can dial this peer. What a provider's router lets through is not seen."""
-    figures = {"answered": sorted(reach.answered), "reachability": reach.reachability}
+    """Whether others can dial this peer.
+
+    What others say who tried counts most: a peer that dials itself does not see what a router lets through.
+    """
+    figures = {
+        "answered": sorted(reach.answered),
+        "reachability": reach.reachability,
+        "dialled_back": [asdict(said) for said in reach.dialled_back],
+    }
     if "relay" in reach.answered:
         return Check(
             "reachable", "ok", "through the relay of an entry point; slower than directly", "", figures
@@ -503,6 +512,8 @@ def judge_reach(reach: Reach) -> Check:
         what = "client mode (--no-listen): you dial others, nobody dials you"
         fix = "two such peers cannot exchange deltas: add --reachability private for a relay"
         return Check("reachable", "warning", what, fix, figures)
+    if (check := _judge_dialled_back(reach.dialled_back, figures)) is not None:
+        return check
     if not reach.answered:
         named = ", ".join(short_address(address) for address in reach.unanswered[:2]) or "no address"
         fix = "check --host-maddrs, --announce-maddrs and the firewall; or use --reachability private"
@@ -518,6 +529,33 @@ def judge_reach(reach: Reach) -> Check:
         fix = "listen on all interfaces: --host-maddrs /ip4/0.0.0.0/tcp/0"
         return Check("reachable", "warning", f"{where}, but the swarm is in your local network", fix, figures)
     return Check("reachable", "ok", f"{where}, as the swarm is" if reach.entry_scopes else where, "", figures)
+
+
+def is_from_outside(said: DialledBack) -> bool:
+    """Not by a peer on this machine, which proves nothing."""
+    return _scope_of_host(said.host) != "loopback"
+
+
+def _judge_dialled_back(said: Sequence[DialledBack], figures: Mapping[str, Any]) -> Check | None:
+    """None: nobody outside has tried. Whoever is farther away tells more."""
+    outside = [one for one in said if is_from_outside(one)]
+    far = [one for one in outside if _scope_of_host(one.host) == "public"]
+    if not outside:
+        return None
+    for one in far or outside:
+        if one.knocked == "open":
+            where = "" if far else " in your local network"
+            what = f"a peer dialled you back at {clean(one.host, 40)}:{one.port}{where}"
+            return Check("reachable", "ok", what, "", figures)
+    first = (far or outside)[0]
+    how = "it is refused there" if first.knocked == "refused" else "nothing answers there"
+    what = f"others cannot dial you: a peer tried {clean(first.host, 40)}:{first.port}, {how}"
+    fix = "open that port in router and firewall (--host-maddrs), or add --reachability private"
+    return Check("reachable", "warning", what, fix, figures)
+
+
+def _scope_of_host(host: str) -> Scope:
+    return scope_of(f"/{'ip6' if ':' in host else 'ip4'}/{host}")
 
 
 def scope_of(address: str) -> Scope:

@@ -364,7 +364,9 @@ class Examination:
         from peer.swarm_probes import find_reach
 
         assert self._network is not None
-        return [judge_reach(find_reach(self._network, self._config, self._folder))]
+        run = "" if self._spec is None else self._spec.digest
+        reach = find_reach(self._network, self._config, self._folder, run=run, donors=self._donors)
+        return [judge_reach(reach)]
 
     def _examine_machine(self) -> list[Check]:
         from peer.checkup import judge_device

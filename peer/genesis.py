@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from coordinator.dial_back import DialBack
 from coordinator.errors import AccessError, ModelError, NetworkError, SpecError
 from coordinator.network import Network, PeerRefuses, PeerUnreachable
 from coordinator.outgoing import About
@@ -123,10 +124,13 @@ def serve_run(
     find_state: Callable[[str], State | None],
     find_evidence: Callable[[str], memoryview | None] = lambda _: None,
 ) -> None:
-    """Answer others who ask for the spec, the model's files, a state by its hash, or evidence by its hash.
+    """Answer others who ask for the spec, the model's files, a state by its hash, or evidence by its hash;
+    and who ask to be dialled back.
 
     `find_state` and `find_evidence` are called in other threads than the network's: they may read a disk.
     """
+
+    DialBack(network, spec.digest).start()
 
     async def on_spec(_peer_id: str, _body: Any) -> bytes:
         return spec.to_toml().encode()

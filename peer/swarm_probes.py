@@ -18,6 +18,8 @@ from typing import Any
 
 from coordinator.admission import look_up_admission
 from coordinator.board import BoardValidator, board_key
+from coordinator.departures import tcp_endpoint
+from coordinator.dial_back import DialledBack, ask_dial_back
 from coordinator.errors import AccessError, NetworkError, SpecError
 from coordinator.identity import Identity, load_identity
 from coordinator.membership import CLOCK_DIFFERENCE_SECONDS, TRAINING_PHASES
@@ -26,7 +28,16 @@ from coordinator.outgoing import Recorder, ignore
 from coordinator.records import PeerRecord, RecordError, open_signed, parse_json
 from coordinator.spec import MAX_SPEC_BYTES, RunSpec, parse_spec
 from coordinator.transfer import Piece, fetch_blob
-from peer.checkup import ClockSample, EntryPoint, Reach, Scope, SwarmFigures, heartbeat_sample, scope_of
+from peer.checkup import (
+    ClockSample,
+    EntryPoint,
+    Reach,
+    Scope,
+    SwarmFigures,
+    heartbeat_sample,
+    is_from_outside,
+    scope_of,
+)
 from peer.config import PeerConfig
 from peer.genesis import ask_spec, get_state, kept_spec
 from peer.layout import TensorLayout
@@ -36,7 +47,8 @@ logger = logging.getLogger(__name__)
 DAEMON_SECONDS = 15.0  # p2pd needs up to that on a loaded machine, and a second on a quiet one
 DIAL_SECONDS = 5.0
 CALL_SECONDS = 5.0
-ASK_SECONDS = 8.0  # for the run spec; a peer may be busy with finetuning
+ASK_SECONDS = 8.0  # for the run spec, or to be dialled back; a peer may be busy with finetuning
+MAX_ASKED_TO_DIAL = 4
 FIRST_HEARTBEATS_SECONDS = 4.0
 CLOCK_SECONDS = 10.0  # waiting for heartbeats that are new; they come six times in a lease
 LOOK_SECONDS = 0.25
@@ -307,12 +319,19 @@ def swarm_figures(spec: RunSpec, heartbeats: Sequence[Heartbeat], round_: int = 
 # ---- can others dial me ---------------------------------------------------------------------------
 
 
-def find_reach(network: ProbeNetwork, config: PeerConfig, folder: Path) -> Reach:
-    """A second p2p daemon on this machine dials each own address, the widest first, until one answers."""
+def find_reach(
+    network: ProbeNetwork, config: PeerConfig, folder: Path, *, run: str, donors: Sequence[str]
+) -> Reach:
+    """Peers of the run, `donors`, are asked to dial this one back.
+
+    Where none of them can tell, a second p2p daemon on this machine dials each own address, the widest first,
+    until one answers.
+    """
     own = _own_addresses(network, config)
+    dialled_back = _ask_to_be_dialled(network, config, own, run, donors)
     answered: list[str] = []
     refused: list[str] = []
-    for scope in _BEST_FIRST:
+    for scope in () if any(is_from_outside(d) for d in dialled_back) else _BEST_FIRST:
         some = tuple(address for address in own if scope_of(address) == scope)
         if not some or answered:
             continue
@@ -327,7 +346,33 @@ def find_reach(network: ProbeNetwork, config: PeerConfig, folder: Path) -> Reach
         answered=frozenset(map(scope_of, answered)),
         unanswered=tuple(refused),
         entry_scopes=frozenset(map(scope_of, reached)),
+        dialled_back=dialled_back,
     )
+
+
+def _ask_to_be_dialled(
+    network: ProbeNetwork, config: PeerConfig, own: Sequence[str], run: str, donors: Sequence[str]
+) -> tuple[DialledBack, ...]:
+    """At the port that others are told; not where that is of another host than the one that they see."""
+    announced = [end for a in config.announce_maddrs if (end := tcp_endpoint(a)) is not None]
+    listening = [end for a in own if (end := tcp_endpoint(a)) is not None]
+    port = next((port for _, port in announced or listening), None)
+    if port is None or not config.listens:
+        return ()
+
+    async def ask(peer_id: str) -> DialledBack | None:
+        try:
+            return await ask_dial_back(network, peer_id, run, port, timeout_seconds=ASK_SECONDS)
+        except (PeerUnreachable, RecordError) as error:  # an older peer does not know the question
+            logger.info("not dialled back by %s: %s", peer_id[-8:], error)
+            return None
+
+    async def ask_all() -> list[DialledBack | None]:
+        return await asyncio.gather(*map(ask, donors[:MAX_ASKED_TO_DIAL]))
+
+    hosts = {host for host, _ in announced}
+    said = network.run(ask_all(), timeout_seconds=2 * ASK_SECONDS)
+    return tuple(d for d in said if d is not None and (not hosts or d.host in hosts))
 
 
 def _own_addresses(network: ProbeNetwork, config: PeerConfig) -> list[str]:

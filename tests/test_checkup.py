@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from coordinator.departures import Knocked
+from coordinator.dial_back import DialledBack
 from coordinator.errors import NetworkError, StateError, SwarmError
 from peer.checkup import (
     Batch,
@@ -347,6 +349,10 @@ def reach(**changes: Any) -> Reach:
     return Reach(**{**values, **changes})
 
 
+def dialled_back(*said: tuple[str, Knocked]) -> dict[str, Any]:
+    return {"dialled_back": tuple(DialledBack(host, 4001, knocked) for host, knocked in said)}
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "said"),
     [
@@ -369,6 +375,17 @@ def reach(**changes: Any) -> Reach:
         ({"reachability": "private", "answered": frozenset()}, "warning", "no entry point relays"),
         ({"reachability": "private", "answered": frozenset({"relay"})}, "ok", "through the relay"),
         ({"listens": False, "answered": frozenset({"relay"})}, "ok", "through the relay"),
+        (dialled_back(("8.8.8.8", "open")), "ok", "a peer dialled you back at 8.8.8.8:4001"),
+        (dialled_back(("8.8.8.8", "silent"), ("8.8.8.8", "open")), "ok", "at 8.8.8.8:4001"),
+        (dialled_back(("10.0.0.3", "open")), "ok", "4001 in your local network"),
+        (dialled_back(("2001:4860::8", "refused")), "warning", "it is refused there"),
+        # Within the own network it can be dialled; that the others cannot is what counts.
+        (
+            dialled_back(("10.0.0.3", "open"), ("8.8.8.8", "silent")),
+            "warning",
+            "8.8.8.8:4001, nothing answers",
+        ),
+        (dialled_back(("127.0.0.1", "refused")), "ok", "as the swarm is"),  # on this machine: no proof
     ],
 )
 def test_reach(changes: dict[str, Any], status: str, said: str) -> None:
