@@ -6,8 +6,9 @@ know (the round, which values of the state, a hash that exists already) as an `A
 told to the `Network`; `peer/ledger_file.py` writes the reports down.
 
 A message is reported when it is handed over to the p2p daemon, whether it arrives or not, and also where the
-connection turns out to be broken that moment: rather too much than too little. Bytes are those of the
-payload, without a few of framing (protobuf, frame headers) and without the encryption.
+connection turns out to be broken that moment, or the door of a private run to be closed: rather too much
+than too little. Bytes are those of the payload, without a few of framing (protobuf, frame headers) and
+without the encryption.
 
 Not reported, since it is not ours: what hivemind's DHT nodes say to each other (pings, searches, and
 the passing on of records that their authors signed), libp2p's own protocols (identify, ping,

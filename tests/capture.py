@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio.selector_events
 import base64
+import bisect
 import hashlib
 import importlib
 import itertools
@@ -38,7 +39,7 @@ from peer import session
 from peer.allreduce import FRAME_NAMES
 from peer.ledger_file import joined_hash
 
-RPC, ALLREDUCE = "::_PeerRpc.", "/allreduce"
+RPC, DOOR, ALLREDUCE = "::_PeerRpc.", "::Door.rpc_present", "/allreduce"
 _FRAME = struct.Struct(">BI")
 _MESSAGE = struct.Struct(">B8s")  # hivemind's marker and length
 _TENSOR_KINDS = ("delta part", "result part", "state chunk", "audit part", "audit residual")
@@ -178,7 +179,7 @@ class _Connection:
         self.note: dict[str, Any] = {}
 
     def time_of(self, num_bytes: int) -> int:
-        return next(at for total, at in self.ends if total >= num_bytes)
+        return self.ends[bisect.bisect_left(self.ends, (num_bytes, 0))][1]
 
 
 def read_capture(path: Path) -> Capture:
@@ -243,9 +244,10 @@ def _unary(
         if message.HasField("callUnary"):
             call = message.callUnary
             peer_id = control.PeerID(call.peer).to_base58()
-            if RPC in call.proto:
+            if RPC in call.proto or call.proto.endswith(DOOR):
                 payload = BytesValue.FromString(call.data).value
-                found.append((at, Message("call", _method(payload), "", peer_id, payload)))
+                name = "present" if call.proto.endswith(DOOR) else _method(payload)
+                found.append((at, Message("call", name, "", peer_id, payload)))
             elif call.proto.endswith("rpc_store"):
                 relayed += dht_pb2.StoreRequest.FromString(call.data).values
         elif message.HasField("unaryResponse"):
@@ -253,9 +255,9 @@ def _unary(
             if reply.HasField("error"):
                 name = asked["proto"].rpartition("::")[2]
                 found.append((at, Message("refusal", name, "", asked["peer"], reply.error)))
-            elif RPC in asked["proto"]:
+            elif RPC in asked["proto"] or asked["proto"].endswith(DOOR):
                 payload = BytesValue.FromString(reply.response).value
-                name = _method(asked["request"].encode())
+                name = "present" if asked["proto"].endswith(DOOR) else _method(asked["request"].encode())
                 found.append((at, Message("reply", name, "", asked["peer"], payload)))
     return found
 

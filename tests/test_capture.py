@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from coordinator.credentials import parse_invite
+from coordinator.errors import EXIT_TERMINATED, AccessError
+from coordinator.identity import load_identity
 from peer.ledger import main, read_chain
 from scripts.swarm_processes import LocalSwarm, SwarmProcess
 from tests.capture import Capture, compare, occurs, read_capture, record_values
@@ -41,7 +47,7 @@ def write_task(path: Path, *, seed: int) -> Path:
 
 
 class CapturedSwarm:
-    """Real processes, each with a tap at its sockets."""
+    """Real processes, each with a tap at its sockets. `entry`: how the next ones come in."""
 
     def __init__(self, swarm: LocalSwarm, directory: Path) -> None:
         self._swarm, self._directory = swarm, directory
@@ -53,6 +59,8 @@ class CapturedSwarm:
         starter = self._start("starter", "coordinator.start", given)
         started = self._swarm.wait_for(starter, "started", timeout_seconds=START_SECONDS)
         self.entry = ["--run", started["spec_digest"], "--initial-peers", *started["initial_peers"]]
+        if "--private" in flags:
+            self.entry = ["--invite", started["invite"]]
         return starter
 
     def join(self, name: str, *flags: str, seed: int) -> SwarmProcess:
@@ -75,6 +83,12 @@ class CapturedSwarm:
         output = ["--output-dir", str(self._directory / name)]
         file = str(self._directory / f"{name}.capture")
         return self._swarm.start(name, "tests.capture", [file, "--", module, *flags, *output])
+
+    def run(self, name: str, module: str, flags: Sequence[str]) -> str:
+        """A command that ends by itself; what it printed."""
+        file = str(self._directory / f"{name}.capture")
+        command = [sys.executable, "-m", "tests.capture", file, "--", module, *flags]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def ledger_lines(directory: Path) -> tuple[Mapping[str, Any], ...]:
@@ -108,11 +122,26 @@ def check_private(tmp_path: Path, name: str, captures: Mapping[str, Capture]) ->
         assert not [window for window in windows if window in sent], f"{who} sent of the head of {name}"
 
 
-def check_ledger(tmp_path: Path, name: str, capture: Capture) -> None:
+def check_ledger(
+    tmp_path: Path, name: str, capture: Capture, *, organizer: str = "", revoked_at: float = math.inf
+) -> None:
+    """`organizer`: of a private run; members keep the list that it has signed in the DHT.
+
+    From `revoked_at` on the door keeps back calls to and of the one put out, which were reported already:
+    there, and of calls alone, the ledger may hold more than what left, as `coordinator.outgoing` says.
+    """
     lines = ledger_lines(tmp_path / name)
-    assert compare(capture.messages, lines) == []
+    peer_id = load_identity(tmp_path / name / "identity.key").peer_id
+    problems = compare(capture.messages, lines)
+    kept_back = [
+        f"line {line['n']} "
+        for line in lines
+        if line["kind"] == "call" and line["time"] + line.get("seconds", 0.0) >= revoked_at
+    ]
+    assert [problem for problem in problems if not problem.startswith(tuple(kept_back))] == []
     own = {message.payload for message in capture.messages if message.kind == "record"}
-    (peer_id,) = {json.loads(payload)["peer_id"] for payload in own}
+    authors = {json.loads(payload)["peer_id"] for payload in own}
+    assert {peer_id} <= authors <= {peer_id, organizer}
     signed_by_me = {value for value in record_values(capture) if json.loads(value)["peer_id"] == peer_id}
     assert signed_by_me <= own  # the rest is of others, passed on by the DHT
     assert {line["kind"] for line in lines} >= {"start", "layout", "record", "call", "reply", "end"}
@@ -161,6 +190,58 @@ def test_a_round_of_three_processes(tmp_path: Path, capsys: pytest.CaptureFixtur
     told = capsys.readouterr().out
     assert "heads, labels, texts: none (the head is: bert.pooler" in told
     assert "delta parts are of" in told
+
+
+@pytest.mark.slow
+def test_a_private_round_and_a_revocation(tmp_path: Path) -> None:
+    """Credentials at the door, and the list of the revoked, told from a directory of the organizer's own."""
+    key, office = str(tmp_path / "organizer.key"), tmp_path / "office"
+    flags = ["--rounds", "500", "--round-examples", "16", "--min-peers", "2", "--lease-seconds", "10"]
+    with LocalSwarm(tmp_path / "logs") as swarm:
+        captured = CapturedSwarm(swarm, tmp_path)
+        starter = captured.begin("--private", "--organizer-key", key, *flags)
+        invite = parse_invite(captured.entry[1])
+        peers = {name: captured.join(name, seed=i) for i, name in enumerate("ab")}
+        for peer in peers.values():
+            swarm.wait_for(peer, "committed", timeout_seconds=2 * START_SECONDS)
+        revoked = load_identity(tmp_path / "b" / "identity.key").peer_id
+        office.mkdir()
+        shutil.copy(tmp_path / "starter" / "run.toml", office)
+        printed = captured.run(
+            "office",
+            "coordinator.invite",
+            [
+                *("revoke", revoked, "--output-dir", str(office), "--organizer-key", key),
+                *("--initial-peers", *invite.entry_points),
+            ],
+        )
+        assert "told to" in printed
+        assert peers["b"].process.wait(START_SECONDS) == AccessError.exit_code
+        for process in (peers["a"], starter):
+            assert swarm.terminate(process) == EXIT_TERMINATED
+    names = ("starter", "a", "b", "office")
+    captures = {name: read_capture(tmp_path / f"{name}.capture") for name in names}
+    lines = ledger_lines(office)
+    revoked_at = next(line["time"] for line in lines if line.get("name") == "revocations")
+    for name in ("starter", "a", "b"):
+        check_ledger(tmp_path, name, captures[name], organizer=invite.organizer, revoked_at=revoked_at)
+    assert compare(captures["office"].messages, lines) == []
+    calls = {line["name"] for line in lines if line["kind"] == "call"}
+    assert {"present", "spec", "revocations"} <= calls
+    shown = {
+        (name, message.kind)
+        for name, capture in captures.items()
+        for message in capture.messages
+        if message.name == "present"
+    }
+    assert {("a", "call"), ("starter", "reply"), ("office", "call")} <= shown
+    told = [m for m in captures["office"].messages if m.name == "revocations"]
+    assert told
+    assert all(revoked.encode() in message.payload for message in told)
+    secrets = {invite.secret.encode(), Path(key).read_bytes()[4:36]}
+    assert not [s for s in secrets for c in captures.values() if occurs(s, c)]
+    rest = [message for message in captures["a"].messages if message.name != "present"]
+    assert compare(rest, ledger_lines(tmp_path / "a"))  # the checks see what the door is told
 
 
 @pytest.mark.slow
