@@ -85,6 +85,7 @@ CELLS = (
 )
 LIES_OF_REDUCERS = ("wrong-result", "equivocate", "equivocate-once")  # each is proven by signatures
 FAULTS_OF_REDUCERS = ("alive-only", "withheld-manifest")  # which nobody can prove: attempts without them
+FAULTS_THAT_ARE_NOTED = ("kill", "freeze", "freeze-2", "delay")  # by `tests/faults.py`, in DIR/failed
 LIES_IN_PARTS = ("nan", "wrong-norm", "wrong-shape", "corrupt")
 
 
@@ -120,6 +121,7 @@ def run_cell(cell: Cell, directory: Path) -> Outcome:
     error = _largest_error(commits, model, dump, cell)
     liar = _short_id(peers[3])
     problems = [
+        *([] if _has_happened(cell, dump) else ["the fault was never injected"]),
         *_hash_problems(honest, cell.num_rounds),
         *_record_problems(cell, commits, liar, [directory / n for n in names]),
     ]
@@ -188,6 +190,11 @@ def _commits(directory: Path) -> list[dict[str, Any]]:
     return [entry["commit"] for entry in checkpoint.commits]
 
 
+def _has_happened(cell: Cell, dump: Path) -> bool:
+    """Of faults that leave nothing in a record: else a cell that injects nothing would pass."""
+    return cell.kind not in FAULTS_THAT_ARE_NOTED or (dump / "failed").exists()
+
+
 def _hash_problems(honest: Sequence[SwarmProcess], num_rounds: int) -> list[str]:
     """Every round has one hash, and every survivor came to the last round."""
     problems = []
@@ -196,7 +203,8 @@ def _hash_problems(honest: Sequence[SwarmProcess], num_rounds: int) -> list[str]
         for event in process.of_kind("committed"):
             hashes.setdefault(event["round"], set()).add(event["state_hash"])
         stopped = process.of_kind("stopped")
-        if not stopped or stopped[0]["round"] != num_rounds:
+        is_undone = bool(process.of_kind("rolled_back"))  # so was the last round, if a lie in it was proven
+        if not stopped or stopped[0]["round"] not in (num_rounds, num_rounds + is_undone):
             problems.append(f"{process.name} did not come to round {num_rounds}")
     problems += [f"round {r} has {len(h)} states" for r, h in sorted(hashes.items()) if len(h) > 1]
     return problems
