@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -54,6 +54,12 @@ class Record(BaseModel):
     def canonical(self) -> bytes:
         """The bytes that are signed and hashed: JSON with sorted keys."""
         return _canonical(self.model_dump(mode="json"))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[name]  # pydantic would keep what was computed of the old fields
+        return copy
 
 
 def _canonical(value: object) -> bytes:
@@ -176,12 +182,6 @@ class Commit(Record):
     def under(self, attempt: int) -> Commit:
         """The same value, to be signed in another attempt."""
         return self.model_copy(update={"attempt": attempt})
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Commit:
-        copy = super().model_copy(update=update, deep=deep)
-        copy.__dict__.pop("hash", None)  # pydantic would copy what was computed of the old fields
-        copy.__dict__.pop("digest", None)
-        return copy
 
 
 class SignedCommit(Record):

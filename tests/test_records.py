@@ -31,7 +31,7 @@ from coordinator.records import (
     sign,
     signature_text,
 )
-from tests.fakes import NOW, hash_of, identity, make_commit, make_heartbeat, make_spec, peer
+from tests.fakes import NOW, extend, hash_of, identity, make_commit, make_heartbeat, make_spec, peer
 
 CHAIN = Chain(make_spec())
 ALICE = identity("alice")
@@ -240,3 +240,13 @@ def test_a_promise_survives_being_written() -> None:
         run=CHAIN.spec.digest, round=1, previous=CHAIN.tip, attempt=2, lock=commit, lock_until=NOW
     )
     assert parse_record(json.loads(promise.canonical()), Promise) == promise
+
+
+def test_what_was_computed_of_a_record_is_not_that_of_a_changed_copy() -> None:
+    signed = extend(Chain(make_spec()), ["a", "b"]).commits[0]
+    before = (signed.text, signed.commit.hash, signed.commit.digest)
+    unsigned = signed.model_copy(update={"signatures": {}})
+    assert unsigned.text == unsigned.canonical().decode() != signed.text
+    later = signed.commit.model_copy(update={"round": 2})
+    assert later.hash == type(later).model_validate(later.model_dump()).hash != signed.commit.hash
+    assert (signed.text, signed.commit.hash, signed.commit.digest) == before
