@@ -218,12 +218,13 @@ def _record_problems(
     if cell.kind in LIES_IN_PARTS and cell.step != "download":
         named = [c for c in contributions if c["peer"].endswith(liar) and c["missing"] and c["reason"]]
         return [] if named else ["the liar is not named in any record"]
-    if cell.kind == "wrong-group":
-        named = [c for c in contributions if c["peer"].endswith(liar) and "another group" in c["reason"]]
-        return [] if named else ["no record says what the liar did"]
+    later = [c for commit in commits if commit["round"] >= 2 for c in commit["contributors"]]
+    theirs = [c for c in later if c["peer"].endswith(liar)]
+    if cell.kind == "wrong-group":  # as a reducer it mostly fails as well, and then is in no record at all
+        counted = [c for c in theirs if "another group" not in c["reason"]]
+        return ["the liar counts, and no record says what it did"] if counted else []
     if cell.kind in FAULTS_OF_REDUCERS:
-        later = [c for commit in commits if commit["round"] >= 2 for c in commit["contributors"]]
-        return ["the liar contributed to a later round"] if liar in {c["peer"][-8:] for c in later} else []
+        return ["the liar contributed to a later round"] if theirs else []
     if cell.kind == "wrong-weight" and max(c["weight"] for c in contributions) > 4.0:
         return ["a declared weight was not capped"]
     if cell.kind in LIES_OF_REDUCERS:
