@@ -238,45 +238,15 @@ def admission_of(
     identity: Identity,
     output_dir: Path | None,
     organizer_key: Path | None = None,
+    *,
+    keeps: bool = True,
 ) -> Admission | None:
     """Of a peer that holds an invite, resumes, or is the organizer's own; None: no sign of a private run.
 
     Raises AccessError when this peer has no valid credential. `output_dir`: where credential and revocations
-    are kept; None: nowhere.
+    are kept; None: nowhere. Not `keeps`: for who only looks there; nothing is written, neither now nor when a
+    revocation is heard of.
     """
-    admission = _found(spec, invite, identity, output_dir, organizer_key, keeps=True)
-    if admission is None:
-        return None
-    if output_dir is not None and admission.credential is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_private(output_dir / CREDENTIAL_NAME, admission.credential.canonical())
-    check_own(admission)
-    return admission
-
-
-def look_up_admission(
-    spec: RunSpec | None,
-    invite: Invite | None,
-    identity: Identity,
-    output_dir: Path | None,
-    organizer_key: Path | None = None,
-) -> Admission | None:
-    """The same for who only looks: nothing is written, neither now nor when a revocation is heard of."""
-    admission = _found(spec, invite, identity, output_dir, organizer_key, keeps=False)
-    if admission is not None:
-        check_own(admission)
-    return admission
-
-
-def _found(
-    spec: RunSpec | None,
-    invite: Invite | None,
-    identity: Identity,
-    output_dir: Path | None,
-    organizer_key: Path | None,
-    *,
-    keeps: bool,
-) -> Admission | None:
     credential: Credential | None
     if invite is not None:
         if spec is not None and spec.digest != invite.run:
@@ -289,7 +259,7 @@ def _found(
     else:
         return None
     file = None if output_dir is None else output_dir / REVOCATIONS_NAME
-    return Admission(
+    admission = Admission(
         run=run,
         organizer=organizer,
         peer_id=identity.peer_id,
@@ -297,6 +267,11 @@ def _found(
         file=file,
         keeps=keeps,
     )
+    if keeps and output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_private(output_dir / CREDENTIAL_NAME, credential.canonical())
+    check_own(admission)
+    return admission
 
 
 def check_own(admission: Admission, *, within_seconds: float = 0.0) -> None:

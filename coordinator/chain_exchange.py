@@ -55,12 +55,10 @@ class ChainExchange:
         """Commits that need no looking at: the own ones, the tips of chains that lost, and what only peers
         claim whose claims were empty before.
         """
-        now = time.monotonic()
         doubted: set[str] = set()
         believed: set[str] = set()
         for member in self._membership.live(self._network.now()):
-            is_doubted = self._doubts.get(member.peer_id, _Doubt()).until > now
-            (doubted if is_doubted else believed).add(member.record.commit)
+            (doubted if self._is_doubted(member.peer_id) else believed).add(member.record.commit)
         own = {signed.commit.hash for signed in self._own_chain().commits}
         return own.union(self._rejected_tips, doubted - believed)
 
@@ -93,13 +91,13 @@ class ChainExchange:
 
     def _claims(self) -> list[Member]:
         """One for each tip that is to be looked at, of a peer that is in no doubt where there is one."""
-        known, now = self.known_tips(), time.monotonic()
+        known = self.known_tips()
         claims: dict[str, Member] = {}
         for member in self._membership.live(self._network.now()):
             tip = member.record.commit
             if member.record.round == 0 or tip in known:
                 continue
-            if tip not in claims or self._doubts.get(claims[tip].peer_id, _Doubt()).until > now:
+            if tip not in claims or self._is_doubted(claims[tip].peer_id):
                 claims[tip] = member
         return list(claims.values())
 
@@ -121,6 +119,9 @@ class ChainExchange:
         if chain.tip != claim.commit:  # another peer may hold the chain of that tip
             self._doubt(peer_id, time.monotonic() - began_at)
         return None
+
+    def _is_doubted(self, peer_id: str) -> bool:
+        return self._doubts.get(peer_id, _Doubt()).until > time.monotonic()
 
     def _doubt(self, peer_id: str, seconds: float) -> None:
         """Nothing came of its claim, which I looked at for so long."""

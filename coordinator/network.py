@@ -31,6 +31,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.dht.node import DHTNode
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2PContext, PeerID, ServicerBase
+from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
@@ -368,22 +369,22 @@ class Network:
 
     async def connected(self) -> frozenset[str]:
         """Who has a connection with this peer at this moment. Raises NetworkError."""
-        try:
-            async with asyncio.timeout(PING_TIMEOUT_SECONDS):
-                return frozenset(str(info.peer_id) for info in await self.p2p.list_peers())
-        except _TRANSPORT_ERRORS as error:
-            raise NetworkError(f"the p2p daemon does not answer: {_first_line(error)}") from error
+        return frozenset(str(info.peer_id) for info in await self._connections())
 
     async def remote_hosts(self, peer_id: str) -> list[str]:
         """IP addresses at which a peer that is connected here is seen, relays aside. Raises NetworkError."""
-        try:
-            async with asyncio.timeout(PING_TIMEOUT_SECONDS):
-                infos = await self.p2p.list_peers()
-        except _TRANSPORT_ERRORS as error:
-            raise NetworkError(f"the p2p daemon does not answer: {_first_line(error)}") from error
-        seen = [str(a).split("/") for i in infos if str(i.peer_id) == peer_id for a in i.addrs]
+        infos = [info for info in await self._connections() if str(info.peer_id) == peer_id]
+        seen = [str(address).split("/") for info in infos for address in info.addrs]
         direct = [parts for parts in seen if len(parts) > 2 and "p2p-circuit" not in parts]
         return list(dict.fromkeys(parts[2] for parts in direct if parts[1] in ("ip4", "ip6")))
+
+    async def _connections(self) -> Sequence[PeerInfo]:
+        """As the daemon knows them, within a bounded time. Raises NetworkError."""
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_SECONDS):
+                return await self.p2p.list_peers()
+        except _TRANSPORT_ERRORS as error:
+            raise NetworkError(f"the p2p daemon does not answer: {_first_line(error)}") from error
 
     async def start_dht(self, validator: RecordValidatorBase) -> None:
         """Become a node of the DHT of the entry points; `validator` guards what it stores and reads."""

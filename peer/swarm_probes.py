@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.admission import look_up_admission
+from coordinator.admission import admission_of
 from coordinator.board import BoardValidator, board_key
 from coordinator.departures import tcp_endpoint
 from coordinator.dial_back import DialledBack, ask_dial_back
@@ -98,7 +98,9 @@ def make_network(
     return ProbeNetwork(
         NetworkConfig(
             identity=identity,
-            admission=look_up_admission(kept, config.invite, identity, output_dir, config.organizer_key),
+            admission=admission_of(
+                kept, config.invite, identity, output_dir, config.organizer_key, keeps=False
+            ),
             host_maddrs=config.host_maddrs,
             announce_maddrs=config.announce_maddrs,
             initial_peers=config.initial_peers,

@@ -24,6 +24,16 @@ LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 CALL_SECONDS = 20.0  # for what takes milliseconds, on a machine that does other things, too
 
 
+class Clock:
+    """Stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def make_spec(**changes: Any) -> RunSpec:
     values: dict[str, Any] = {
         "run_name": "test",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Dialog, Page
 
 WAIT_MS = 60_000.0
+SCRIPT = "<script>alert(1)</script>"  # as a name or a reason
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1180, "height": 800}
 

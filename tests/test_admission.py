@@ -21,7 +21,6 @@ from coordinator.admission import (
     NotAdmittedError,
     admission_of,
     check_own,
-    look_up_admission,
 )
 from coordinator.board import BoardValidator, board_key, revocations_key
 from coordinator.chain import Chain
@@ -30,7 +29,7 @@ from coordinator.errors import AccessError, StateError
 from coordinator.identity import load_identity
 from coordinator.membership import Membership
 from coordinator.records import Credential, RecordError, sign
-from tests.fakes import NOW, hash_of, identity, make_heartbeat, make_spec, peer
+from tests.fakes import NOW, Clock, hash_of, identity, make_heartbeat, make_spec, peer
 from tests.private_runs import (
     DAY,
     ORGANIZER,
@@ -50,14 +49,6 @@ def entry(value: bytes, *, owner: str, key: str) -> DHTRecord:
     """As it lies in the DHT, for five seconds more."""
     source = DHTID.generate(source=key).to_bytes()
     return DHTRecord(source, msgpack.packb(owner), msgpack.packb(value), NOW + 5.0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOW
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -283,10 +274,10 @@ def test_who_came_by_an_invite_comes_back_without_it(tmp_path: Path) -> None:
 def test_looking_writes_nothing_and_finds_the_same(tmp_path: Path) -> None:
     me, out = load_identity(tmp_path / "me.key"), tmp_path / "out"
     made = invite(RUN, expires_at=2e9)
-    assert look_up_admission(None, made, me, out) is not None
+    assert admission_of(None, made, me, out, keeps=False) is not None
     assert not out.exists()
     kept = admission_of(None, made, me, out)
-    looked = look_up_admission(SPEC, None, me, out)
+    looked = admission_of(SPEC, None, me, out, keeps=False)
     assert kept is not None
     assert looked is not None
     assert looked.credential == kept.credential
@@ -294,8 +285,8 @@ def test_looking_writes_nothing_and_finds_the_same(tmp_path: Path) -> None:
     assert looked.version == 1
     assert sorted(path.name for path in out.iterdir()) == [CREDENTIAL_NAME]
     with pytest.raises(AccessError, match="the run test is private"):
-        look_up_admission(SPEC, None, me, tmp_path / "elsewhere")
-    assert look_up_admission(make_spec(), None, me, out) is None
+        admission_of(SPEC, None, me, tmp_path / "elsewhere", keeps=False)
+    assert admission_of(make_spec(), None, me, out, keeps=False) is None
 
 
 def test_without_an_invite_a_private_run_says_what_to_do(tmp_path: Path) -> None:

@@ -276,10 +276,7 @@ def test_who_gets_a_new_daemon_tells_that_it_is_still_there(tmp_path: Path) -> N
         os.kill(other.network.p2p._child.pid, signal.SIGKILL)
         one.agreement.membership.forget(other.peer_id)
         assert one.agreement.live() == []
-        ends_at = time.monotonic() + 2 * CALL_SECONDS
-        while not one.agreement.live():
-            assert time.monotonic() < ends_at
-            time.sleep(0.05)
+        until(one.agreement.live, 2 * CALL_SECONDS)
 
 
 def test_who_proposes_without_end_and_never_begins_does_not_keep_the_others_from_it(
@@ -594,8 +591,8 @@ def claim_of(liar: Peer, round_: int = 7) -> dict[str, str]:
     return sign(liar.agreement._heartbeat().model_copy(update=changes), liar.identity).to_json()
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + CALL_SECONDS
+def until(condition: Callable[[], object], seconds: float = CALL_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come"
         time.sleep(0.02)
@@ -962,9 +959,7 @@ def test_a_roll_back_is_committed_by_those_who_want_it(tmp_path: Path) -> None:
         assert back.commits[-1].commit.reason == "worse"
         assert members[0].agreement.chain == chain  # until its state is here
         assert isinstance(members[0].agreement.decide(), CatchUp)
-        deadline = time.monotonic() + CALL_SECONDS
-        while not members[1].agreement.is_overtaken and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: members[1].agreement.is_overtaken)
         found = members[1].run(members[1].agreement.better_chain())
         assert found is not None
         assert found[0].tip == back.tip

@@ -11,17 +11,9 @@ import pytest
 from coordinator.dial_back import MAX_ASKERS, MAX_AT_ONCE, PAUSE_SECONDS, DialBack, DialledBack, ask_dial_back
 from coordinator.network import Network, PeerUnreachable
 from coordinator.records import RecordError
-from tests.fakes import CALL_SECONDS, addresses, hash_of, network_config
+from tests.fakes import CALL_SECONDS, Clock, addresses, hash_of, network_config
 
 RUN = hash_of("run")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

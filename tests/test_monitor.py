@@ -38,6 +38,7 @@ from tests.fakes import (
 from tests.pages import (
     DESKTOP,
     PHONE,
+    SCRIPT,
     brightness,
     browser_or_skip,
     cells,
@@ -55,7 +56,6 @@ from tests.test_swarm import START_SECONDS, start_peer, start_run, write_task
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-SCRIPT = "<script>alert(1)</script>"
 IMAGE = "<img src=x onerror=alert(1)>"
 
 

@@ -18,6 +18,7 @@ from tests.fakes import extend, make_heartbeat, make_spec, peer
 from tests.pages import (
     DESKTOP,
     PHONE,
+    SCRIPT,
     brightness,
     browser_or_skip,
     cells,
@@ -34,7 +35,6 @@ from tests.pages import (
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-SCRIPT = "<script>alert(1)</script>"
 WIDE = "W" * 40  # no place to break
 NONE = "\N{EN DASH}"
 CARD = "# A model\n"
