@@ -254,8 +254,17 @@ def measures(profile: Profile, fold: int = 0) -> dict[str, Group]:
 
 
 def variant_models(profile: Profile) -> dict[str, str]:
-    """Experiment 8: models by label."""
-    return {label: f"variant {label}" for label in profile.variants}
+    """Experiment 8: models by label. What changes nothing is fold 0's run, where its rounds are as many."""
+    is_whole = profile.variant_rounds == profile.rounds
+    return {
+        label: "fold0" if is_whole and not changes else f"variant {label}"
+        for label, changes in profile.variants.items()
+    }
+
+
+def winner(profile: Profile) -> str:
+    """Experiment 8: the best variant at full length."""
+    return "chosen:variant" if profile.variant_rounds == profile.rounds else "winner"
 
 
 def mixes(profile: Profile) -> dict[str, Mix]:
@@ -381,14 +390,17 @@ def _own(profile: Profile) -> Iterator[Piece]:
 
 def _better(profile: Profile) -> Iterator[Piece]:
     groups, trained = tuple(measures(profile).values()), profile.trained(0)
+    models = variant_models(profile)
     yield from _measure(PRETRAINED, "validation", groups)
-    for label, changes in profile.variants.items():
-        changed = {"num_rounds": profile.variant_rounds, **changes}
-        yield Run(f"variant {label}", profile.plan(trained, 0, **changed))
-        yield from _measure(f"variant {label}", "validation", groups)
-    yield Choice("variant", "validation", dict.fromkeys(variant_models(profile).values(), groups))
-    full = {f"variant {label}": profile.plan(trained, 0, **c) for label, c in profile.variants.items()}
-    yield Run("winner", Chosen("variant", full))
+    for label, model in models.items():
+        changed = {"num_rounds": profile.variant_rounds, **profile.variants[label]}
+        whole = Run(model, profile.plan(trained, 0, **changed))
+        yield _fold_run(profile, 0) if model == "fold0" else whole
+        yield from _measure(model, "validation", groups)
+    yield Choice("variant", "validation", dict.fromkeys(models.values(), groups))
+    if winner(profile) == "winner":
+        full = {models[label]: profile.plan(trained, 0, **c) for label, c in profile.variants.items()}
+        yield Run("winner", Chosen("variant", full))
     yield _fold_run(profile, 0)
     yield from _measure("fold0", "validation", groups)
     for mix in mixes(profile).values():
@@ -396,7 +408,7 @@ def _better(profile: Profile) -> Iterator[Piece]:
         yield from _measure(mix.name, "validation", groups)
     names = ["fold0", *(mix.name for mix in mixes(profile).values())]
     yield Choice("mix", "validation", dict.fromkeys(names, groups))
-    for model in (PRETRAINED, "fold0", "winner", "chosen:mix"):
+    for model in (PRETRAINED, "fold0", winner(profile), "chosen:mix"):
         yield from _measure(model, "test", groups)
 
 

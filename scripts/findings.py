@@ -22,6 +22,7 @@ from scripts.experiments import (
     schedule_models,
     splits,
     variant_models,
+    winner,
 )
 from scripts.lab import Lab
 
@@ -103,8 +104,16 @@ def _course(lab: Lab, profile: Profile, fold: int) -> Finding:
 
 def _unseen(lab: Lab) -> Finding:
     profile = lab.profile
-    pairs = [(f"fold{fold}", name) for fold in range(len(profile.folds)) for name in profile.unseen(fold)]
-    return {"methods": {method: comparison(lab, pairs, method) for method in METHODS}}
+    folds = {f"fold{fold}": profile.unseen(fold) for fold in range(len(profile.folds))}
+    found = {method: comparison(lab, _scored_pairs(lab, folds, method), method) for method in METHODS}
+    return {"methods": found, "num_datasets": len(profile.datasets)}
+
+
+def _scored_pairs(lab: Lab, folds: Mapping[str, Sequence[str]], method: Method) -> list[Pair]:
+    """Those of the folds that are scored to the end; all where none is."""
+    pairs = {fold: [(fold, name) for name in names] for fold, names in folds.items()}
+    scored = [fold for fold, of_fold in pairs.items() if comparison(lab, of_fold, method)]
+    return [pair for fold in scored or pairs for pair in pairs[fold]]
 
 
 def _schedules(lab: Lab) -> Finding:
@@ -165,7 +174,7 @@ def _better(lab: Lab) -> Finding:
     profile = lab.profile
     runs = gains(lab, variant_models(profile), "validation")
     states = {"last state": "fold0", **{label: mix.name for label, mix in mixes(profile).items()}}
-    test = {"as is": "fold0", "best variant": "winner", "best of the kept states": "chosen:mix"}
+    test = {"as is": "fold0", "best variant": winner(profile), "best of the kept states": "chosen:mix"}
     return {
         "variants": runs,
         "states": gains(lab, states, "validation"),

@@ -147,9 +147,13 @@ def _glance(findings: Mapping[int, Finding]) -> list[str]:
     if 2 in findings:
         unseen = findings[2]["methods"]
         few = "at least +3 with few examples on unseen tasks, interval above 0"
+        probe = "unseen tasks head-only not below the base"
         rows += [
-            (few, _points(unseen["few_shot"])),
-            ("unseen tasks head-only not below the base", _points(unseen["probe"])),
+            (_of_total(few, unseen["few_shot"], findings[2]["num_datasets"]), _points(unseen["few_shot"])),
+            (
+                _of_total(probe, unseen["probe"], findings[2]["num_datasets"]),
+                _points(unseen["probe"]),
+            ),
         ]
     if 4 in findings:
         rows += [
@@ -211,11 +215,11 @@ def _trajectory_table(finding: Finding) -> list[str]:
 
 
 def _unseen_table(finding: Finding) -> list[str]:
-    methods = finding["methods"]
-    rows = [_comparison_row(METHOD_NAMES[method], found) for method, found in methods.items()]
-    names = next((list(found["datasets"]) for found in methods.values() if found), [])
+    methods, total = finding["methods"], finding["num_datasets"]
+    rows = [_comparison_row(_of_total(METHOD_NAMES[m], found, total), found) for m, found in methods.items()]
+    names = dict.fromkeys(name for found in methods.values() if found for name in found["datasets"])
     per_set = [
-        (_with_metric(n), *(_change(found and found["datasets"][n]) for found in methods.values()))
+        (_with_metric(n), *(_change(found and found["datasets"].get(n)) for found in methods.values()))
         for n in names
     ]
     return [
@@ -225,6 +229,11 @@ def _unseen_table(finding: Finding) -> list[str]:
         "",
         *_table(("data set", *(METHOD_NAMES[method] for method in methods)), per_set),
     ]
+
+
+def _of_total(name: str, found: Finding | None, total: int) -> str:
+    num = total if found is None else found["num_datasets"]
+    return name if num == total else f"{name}, {num} of {total} data sets"
 
 
 def _gains_table(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:
@@ -429,7 +438,8 @@ def _plot_unseen(figure: Any, finding: Finding) -> None:
     methods = {method: found for method, found in finding["methods"].items() if found}
     num = max(len(found["datasets"]) for found in methods.values())
     figure.set_size_inches(2 + 3.2 * len(methods), 1.8 + 0.28 * num)
-    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    is_same = len({tuple(found["datasets"]) for found in methods.values()}) == 1
+    panels = figure.subplots(1, len(methods), sharey=is_same, squeeze=False)[0]
     for panel, (method, found) in zip(panels, methods.items(), strict=True):
         _dumbbell(panel, found, ("pretrained", "fused"))
         panel.set_title(f"{METHOD_NAMES[method]}\n{_points(found)}", fontsize=10)

@@ -31,6 +31,7 @@ from scripts.experiments import (
     all_pieces,
     cost,
     load_profile,
+    winner,
 )
 from scripts.lab import Lab, locked, validation_texts
 from scripts.report import Provenance, readme, write_report
@@ -413,7 +414,7 @@ def hand_made() -> dict[int, dict[str, Any]]:
     own = compared([[1, 1, 1, 1], [0, 0, 0, 1]], [[1, 1, 0, 0], [0, 0, 1, 1]])  # +50 and -25 points
     return {
         1: {"seeds": [{"seed": 0, "num_datasets": 2, "rounds": {1: own, 2: None}}]},
-        2: {"methods": nothing},
+        2: {"methods": nothing, "num_datasets": 2},
         3: {"rows": {"x": {"m": None}}},
         4: {"rows": {"x": {"m": None}}, "swarm_against_multitask": {"m": None}, "chosen": {}, "tried": {}},
         5: {"dataset": "qqp", "base": 0.5, "runs": [{"contributors": 2, "seed": 0, "values": [None]}]},
@@ -436,16 +437,35 @@ def test_losses_are_told_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert "3 of 4 pieces, 0.50 hours" in text
 
 
+def test_unseen_tasks_are_told_of_the_folds_that_are_scored() -> None:
+    one_fold = compared([[1, 1, 1, 1]], [[1, 1, 0, 0]])
+    methods = {"probe": one_fold, "few_shot": None, "finetune": None}
+    text = readme({2: {"methods": methods, "num_datasets": 3}}, PROVENANCE, {})
+    assert "| head-only, 1 of 3 data sets | " in text
+    assert "| unseen tasks head-only not below the base, 1 of 3 data sets | +50.00 [" in text
+    assert "| few examples | not run |" in text
+
+
+def test_a_variant_that_changes_nothing_is_not_run_twice() -> None:
+    variants = load_profile(CONFIG, "variants")
+    names = [piece.name for _, piece in all_pieces(variants)]
+    assert "fold0" in names
+    assert "variant lr 1e-4" in names
+    assert not {"variant as is", "winner"} & set(names)  # at full length, the best variant is there already
+    assert winner(variants) == "chosen:variant"
+    assert winner(load_profile(CONFIG, "night")) == "winner"
+
+
 def test_a_profile_may_be_for_some_experiments(tmp_path: Path) -> None:
     baselines = load_profile(CONFIG, "baselines")
-    assert {number for number, _ in all_pieces(baselines)} == {3, 4, 5, 6, 7}
+    assert {number for number, _ in all_pieces(baselines)} == {2, 3, 4, 5, 6, 7}
     some = {number: finding for number, finding in hand_made().items() if number in (3, 7)}
     text = readme(some, replace(PROVENANCE, note="Look elsewhere, too."), {})
     assert "## 1." not in text
     assert "| share of peers made worse, against being alone with the same steps | 50 % |" in text
     assert "+6 points" not in text
     assert "Look elsewhere, too." in text
-    broken = CONFIG.read_text().replace("experiments = [3, 4, 5, 6, 7]", "experiments = [9]")
+    broken = CONFIG.read_text().replace("experiments = [2, 3, 4, 5, 6, 7]", "experiments = [9]")
     (tmp_path / "c.toml").write_text(broken)
     with pytest.raises(UsageError, match="no experiment 9"):
         load_profile(tmp_path / "c.toml", "baselines")
