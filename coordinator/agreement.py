@@ -23,7 +23,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -120,6 +120,14 @@ class GroupFailed(RoundError):
         self.culprit, self.why, self.is_proven = culprit, why, is_proven
 
 
+class _Replaced(RoundError):
+    """An attempt was running when a later one began."""
+
+    def __init__(self, author: str) -> None:
+        super().__init__("replaced by a later attempt")
+        self.author = author
+
+
 @dataclass(frozen=True)
 class Fused:
     """What an all-reduce made."""
@@ -212,6 +220,7 @@ class Agreement:
         self._departures = Departures(network, self.membership, self._needed, self._bell.ring)
         self._addresses: list[str] = []
         self._is_fusing = False
+        self._leaders = Leaders()
         self._found: Chain | None = None  # better than mine, certified here; its state is not here yet
         self._begin_round()
 
@@ -221,7 +230,7 @@ class Agreement:
         self._begun: Ballot | None = None
         self._last_begun = ""  # hash of the proposal that began last: a begin that comes twice counts once
         self._computed: tuple[Group, str] | None = None  # my last all-reduce and the hash of its state
-        self._leaders = Leaders()
+        self._leaders = self._leaders.in_next_round()
 
     # the session's side
 
@@ -600,6 +609,8 @@ class Agreement:
                     self._roster.exclude(error.culprit, error.why)
                 else:
                     self._roster.failed(error.culprit, group.attempt)
+            if isinstance(error, _Replaced):
+                self._count_costly(error.author, ballot.members, time.monotonic() - started)
             self._voting.stop()
             self._attempt = max(self._attempt, group.attempt + 1)
             return None
@@ -644,7 +655,7 @@ class Agreement:
         try:
             while not task.done():
                 if self._begun is not None:
-                    raise RoundError("replaced by a later attempt")
+                    raise _Replaced(self._begun.author)
                 wake = asyncio.ensure_future(self._bell.rung(POLL_SECONDS))
                 await asyncio.wait({task, wake}, return_when=asyncio.FIRST_COMPLETED)
                 wake.cancel()
@@ -699,7 +710,7 @@ class Agreement:
                 raise RecordError("the proposer is not known here")  # before 1024 records of it are opened
             self._check_credentials(proposal)
             if not self._leaders.is_heard(author, time.monotonic()):
-                raise RecordError("several of your proposals came to nothing: let others propose")
+                raise RecordError("several of your proposals cost an attempt: let others propose")
             if self._is_leading(proposal.attempt):
                 self._leaders.two_at_once()
             if self._voting.is_running:
@@ -717,11 +728,17 @@ class Agreement:
     def _count_idle_proposal(self) -> None:
         """Of another one, which I accepted last, and which never began."""
         author, proposal = self._proposal or ("", None)
-        if proposal is None or author == self._identity.peer_id or proposal.hash == self._last_begun:
+        if proposal is not None and proposal.hash != self._last_begun:
+            self._count_costly(author, [peer for peer, _ in member_records(proposal)])
+
+    def _count_costly(self, author: str, members: Collection[str], ran_seconds: float = 0.0) -> None:
+        """`ran_seconds`: of the attempt that it replaced; the next one is given twice as long."""
+        if author == self._identity.peer_id:
             return
-        others = [peer for peer, _ in member_records(proposal) if peer != self._identity.peer_id]
-        pause, lease = self._pace.leader_seconds(others), self.chain.spec.lease_seconds
-        self._leaders.came_to_nothing(author, time.monotonic(), pause, lease)
+        others = [peer for peer in members if peer != self._identity.peer_id]
+        pause = self._pace.leader_seconds(others) + 2.0 * ran_seconds
+        limit = max(self.chain.spec.lease_seconds, self.chain.spec.exchange_limit_seconds)
+        self._leaders.cost_an_attempt(author, time.monotonic(), pause, limit)
 
     def _check_credentials(self, proposal: Proposal) -> None:
         """A member must not bring in an outsider either. Raises RecordError."""

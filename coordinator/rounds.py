@@ -12,7 +12,7 @@ from coordinator.chain import Chain, required_signatures
 from coordinator.membership import TRAINING_PHASES, Member
 from coordinator.spec import RunSpec
 
-MAX_IDLE_PROPOSALS = 2  # of one peer in a round, without a pause: two who propose at once is no attack
+MAX_COSTLY_PROPOSALS = 2  # of one peer in a round, without a pause: two who propose at once is no attack
 MAX_FALTERS = 2  # a leader that was silent so often in a round leads last
 
 
@@ -69,25 +69,32 @@ class Leaders:
     """Who leads an attempt of this round, as far as one peer can tell: silent leaders come last.
 
     And whose proposals are heard. Anybody may propose, and a later proposal ends an earlier one; so one who
-    proposes again and again, and never begins, could keep all others from ever beginning. Each of its
-    proposals that came to nothing, beyond the first ones, doubles the time for which it is not heard. To
-    refuse a proposal is always safe (`ballot.py`); a leader whose messages are lost is heard again.
+    proposes again and again could keep all others from ever being done: it never begins, or it ends each
+    attempt before that is late, so that nobody gets to name who holds it up. Each of its proposals that cost
+    an attempt, beyond the first ones, doubles the time for which it is not heard. To refuse a proposal is
+    always safe (`ballot.py`); a leader whose messages are lost, or whose own attempts fail, is heard again.
     """
 
     def __init__(self) -> None:
         self._falters: Counter[str] = Counter()
-        self._num_idle: Counter[str] = Counter()  # accepted proposals that never began, by author
+        self._num_costly: Counter[str] = Counter()  # accepted proposals that cost an attempt, by author
         self._unheard_until: dict[str, float] = {}  # by author
 
-    def came_to_nothing(self, author: str, now: float, pause_seconds: float, max_seconds: float) -> None:
-        """A proposal of `author` was accepted, and another one follows before it began.
+    def cost_an_attempt(self, author: str, now: float, pause_seconds: float, max_seconds: float) -> None:
+        """A proposal of `author` was accepted and never began, or it replaced an attempt that was running.
 
         `pause_seconds`: what one attempt of somebody else takes.
         """
-        self._num_idle[author] += 1
-        if (excess := self._num_idle[author] - MAX_IDLE_PROPOSALS) > 0:
+        self._num_costly[author] += 1
+        if (excess := self._num_costly[author] - MAX_COSTLY_PROPOSALS) > 0:
             pause = min(max_seconds, pause_seconds * 2.0 ** min(excess - 1, 20))
             self._unheard_until[author] = now + pause
+
+    def in_next_round(self) -> Leaders:
+        """Half of what proposals cost is remembered: one who does it in every round is stopped sooner."""
+        following = Leaders()
+        following._num_costly = Counter({peer: n // 2 for peer, n in self._num_costly.items() if n > 1})
+        return following
 
     def is_heard(self, author: str, now: float) -> bool:
         return now >= self._unheard_until.get(author, now)

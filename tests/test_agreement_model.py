@@ -130,6 +130,7 @@ class Peer:
         self.voter = Voter(identity(self.name), self.chain, self.disk.promise, holds=self.states.__contains__)
         self.started = self.world.time
         self.rejected: set[str] = set()
+        self.leaders = Leaders()
         self.begin_round()
 
     def begin_round(self) -> None:
@@ -142,7 +143,7 @@ class Peer:
         self.voting: tuple[Ballot, Commit, float] | None = None
         self.votes = VoteBox()
         self.waits_until: float | None = None  # for the leader
-        self.leaders = Leaders()
+        self.leaders = self.leaders.in_next_round()
 
     def store_promise(self) -> None:
         self.disk.promise = self.voter.promise
@@ -433,7 +434,7 @@ class Peer:
     def count_idle_proposal(self) -> None:
         author, proposal = self.proposal or ("", None)
         if proposal is not None and author != self.peer_id and proposal.hash != self.last_begun:
-            self.leaders.came_to_nothing(author, self.world.time, LEADER_SECONDS, LEASE)
+            self.leaders.cost_an_attempt(author, self.world.time, LEADER_SECONDS, LEASE)
 
     def on_answer(self, source: Peer, body: Any) -> None:
         if not body["accept"]:
@@ -452,7 +453,10 @@ class Peer:
             return
         if self.phase != "ready" and proposal.purpose == "fuse":
             return
-        self.begun = check_begin(body, author, proposal, self.chain, self.peer_id)
+        ballot = check_begin(body, author, proposal, self.chain, self.peer_id)
+        if self.begun is not None:  # it was running
+            self.leaders.cost_an_attempt(author, self.world.time, LEADER_SECONDS, LEASE)
+        self.begun = ballot
         self.done_at = self.now + self.exchange_seconds
         self.last_begun, self.voting = proposal.hash, None
 

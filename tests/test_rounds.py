@@ -198,19 +198,26 @@ def test_leaders_that_were_silent_twice_lead_last_until_two_lead_at_once() -> No
     assert leaders.ranked(fuse) == fuse
 
 
-def test_who_proposes_again_and_again_and_never_begins_is_heard_less_and_less() -> None:
+def test_whose_proposals_cost_attempt_after_attempt_is_heard_less_and_less() -> None:
     leaders, now = Leaders(), 100.0
     for _ in range(2):  # as may happen to two who propose at once
-        leaders.came_to_nothing("x", now, pause_seconds=2.0, max_seconds=10.0)
+        leaders.cost_an_attempt("x", now, pause_seconds=2.0, max_seconds=10.0)
         assert leaders.is_heard("x", now)
     pauses = []
     for _ in range(5):
-        leaders.came_to_nothing("x", now, pause_seconds=2.0, max_seconds=10.0)
+        leaders.cost_an_attempt("x", now, pause_seconds=2.0, max_seconds=10.0)
         pauses.append(next(s for s in range(100) if leaders.is_heard("x", now + s)))
         now += pauses[-1]
     assert pauses == [2, 4, 8, 10, 10]
     assert leaders.is_heard("y", 0.0)
-    assert Leaders().is_heard("x", 0.0)  # in the next round
+    following = leaders.in_next_round()
+    assert following.is_heard("x", 0.0)
+    following.cost_an_attempt("x", 0.0, pause_seconds=2.0, max_seconds=10.0)
+    assert not following.is_heard("x", 1.0)  # sooner than in its first round: half of it is remembered
+    for _ in range(4):
+        following = following.in_next_round()
+    following.cost_an_attempt("x", 0.0, pause_seconds=2.0, max_seconds=10.0)
+    assert following.is_heard("x", 0.0)  # who behaves is forgiven
 
 
 @pytest.mark.parametrize("phase", ["waiting", "done", "serving"])
