@@ -67,13 +67,16 @@ from peer.model import export_model
 from peer.outer import outer_step
 from peer.state import (
     ADDRESSES_NAME,
+    CONVICTIONS_NAME,
     MAX_KNOWN_ADDRESSES,
     Checkpoint,
     CheckpointStore,
+    Conviction,
     KeptModel,
     append_json_line,
     is_kept,
     kept_addresses,
+    kept_convictions,
     kept_score,
     recover_directory,
     repair_json_lines,
@@ -170,7 +173,8 @@ class Session:
         self._rounds_left = config.num_rounds
         for name in ("model", "task_model", "base"):
             recover_directory(self._dir / name)
-        repair_json_lines(self._dir / "rounds.jsonl")
+        for name in ("rounds.jsonl", CONVICTIONS_NAME):
+            repair_json_lines(self._dir / name)
         self._best_task_score = kept_score(self._dir / "task_model", data.task.metric_name)
 
     def run(self, spec: RunSpec | None = None, first_state: State | None = None) -> str:
@@ -233,6 +237,9 @@ class Session:
             wants_rollback=lambda tip: self._wants_rollback() and tip == self._agreement.chain.tip,
             leaves_out=self._leaves_out,
         )
+        for known in kept_convictions(self._dir):  # from before a restart
+            self._agreement.ban(known.peer, f"it lied in round {known.round}: {known.why}")
+            self._lies.add((known.peer, known.round))
         self._gatekeeper = Gatekeeper(
             spec, self._network, self._agreement, self._reporter, self._data.task.kind
         )
@@ -669,7 +676,8 @@ class Session:
             f"peer {reducer[-8:]} is excluded from the run: it lied in round {round_}: {why}"
         )
         self._agreement.ban(reducer, why)
-        append_json_line(self._dir / "excluded.jsonl", {"peer": reducer, "round": round_, "why": why})
+        conviction = Conviction(reducer, round_, why)
+        append_json_line(self._dir / CONVICTIONS_NAME, asdict(conviction))
         self._lies = self._lies | {(reducer, round_)}  # the other thread looks through the old one
 
     def _wants_rollback(self) -> bool:

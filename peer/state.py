@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1  # of checkpoint.json
 NUM_KEPT_STATES = 2  # the newest, and the one before it: a commit can still be rolled back
+CONVICTIONS_NAME = "excluded.jsonl"
+MAX_KEPT_CONVICTIONS = 1024
 ADDRESSES_NAME = "known_peers.json"
 MAX_KNOWN_ADDRESSES = 64  # in it
 NUM_CARD_ROUNDS = 50  # rows of the lineage table; the whole chain is in the checkpoint
@@ -475,6 +477,31 @@ def kept_addresses(directory: Path) -> tuple[str, ...]:
         return ()
     addresses = value if isinstance(value, list) else []
     return tuple(address for address in addresses if isinstance(address, str))[:MAX_KNOWN_ADDRESSES]
+
+
+@dataclass(frozen=True)
+class Conviction:
+    """One line of `excluded.jsonl`: an audit has proven that a reducer lied in a round."""
+
+    peer: str
+    round: int
+    why: str
+
+
+def kept_convictions(directory: Path) -> tuple[Conviction, ...]:
+    """The newest ones that this peer knew of before; what is no conviction is passed over."""
+    try:
+        lines = (directory / CONVICTIONS_NAME).read_bytes().splitlines()
+    except OSError:
+        return ()
+    found = []
+    for line in lines[-MAX_KEPT_CONVICTIONS:]:
+        try:
+            entry = json.loads(line)
+            found.append(Conviction(str(entry["peer"]), int(entry["round"]), str(entry["why"])))
+        except (ValueError, KeyError, TypeError):
+            logger.info("%s: a line is no conviction", CONVICTIONS_NAME)
+    return tuple(found)
 
 
 def _checkpoint_paths(directory: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from peer.display import ProgressBar, Reporter
 from peer.learner import Evaluation, Learner
 from peer.manners import Manners
 from peer.session import Session
-from peer.state import CheckpointStore
+from peer.state import CheckpointStore, Conviction, kept_convictions
 from peer.stopping import StopSwitch
+from tests.fakes import peer
 from tests.test_private_swarm import private_run
 
 OWN_SCORE = 2.0  # above what any base has
@@ -128,3 +129,18 @@ def test_a_model_that_cannot_be_kept_hides_nothing(
     assert "your own classifier of this round is not kept: cannot write" in caplog.text
     kept = json.loads((tmp_path / "mine" / "task_model" / "kept.json").read_text())
     assert kept["what"] == "the backbone that the run began with and a head fitted to it"
+
+
+@pytest.mark.usefixtures("_others_never_come")
+def test_who_was_convicted_before_a_restart_stays_out(tmp_path: Path) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    conviction = Conviction(peer("liar"), 3, "two statements do not go together")
+    torn = '{"peer": "torn'
+    (output / "excluded.jsonl").write_text(f"{json.dumps(asdict(conviction))}\n[]\n{torn}")
+    session, why = run_until(tmp_path, told_to_stop)
+    assert why == "terminated"
+    assert session._agreement.membership.banned == {peer("liar")}
+    assert session._lies == {(peer("liar"), 3)}
+    assert kept_convictions(output) == (conviction,)
+    assert torn not in (output / "excluded.jsonl").read_text()  # else the next line would be lost with it
