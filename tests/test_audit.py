@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import random
 import threading
 import time
@@ -402,6 +403,39 @@ def test_a_lying_reducer_is_found_and_everybody_convinced(
         assert (reducer, round_) == (liar, 1)
         assert f"the result of part {part} is not what its senders' parts give" in why
     assert all(not service._docket.liars for service in audits.services)
+
+
+def test_one_lie_is_found_within_the_rounds_that_the_sample_predicts(
+    audits: Audits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reducer lies in one of its parts, and each of the three others computes one part again."""
+    group = audits.swarm.group()
+    owned, liar = audits.swarm.owned(group), group.members[VICTIM]
+    lie_about(monkeypatch, liar, owned[liar].start + 1)
+    outgoing = audits.swarm.prepare(deltas(), "fp32")
+    results = audits.swarm.reduce(group, outgoing)
+    honest = [index for index in range(NUM_PEERS) if index != VICTIM]
+    num_parts = sum(len(parts) for parts in owned.values())
+    misses = [1 - 1 / (num_parts - len(owned[group.members[index]])) for index in honest]
+    caught = 1 - math.prod(misses)  # in a round
+    assert 0.1 < caught < 0.5
+    limit = math.ceil(math.log(1e-9) / math.log(1 - caught))
+    waited = []
+    for trial in range(6):
+        for round_ in range(1, limit + 1):
+            audits.keep(results, outgoing, ("mean", "none"))
+            for index in honest:
+                audit = audits.services[index].audit(1, random.Random(f"{trial} {round_} {index}"))
+                audits.swarm.networks[index].run(audit, timeout_seconds=CALL_SECONDS)
+            if any(audits.convicted):
+                break
+        else:
+            pytest.fail(f"not found in {limit} rounds")
+        waited.append(round_)
+        audits.settle()
+        audits.forget()
+    spread = math.sqrt(1 - caught) / caught / math.sqrt(len(waited))
+    assert abs(sum(waited) / len(waited) - 1 / caught) < 5 * spread
 
 
 def test_evidence_convinces_one_who_kept_nothing(audits: Audits, monkeypatch: pytest.MonkeyPatch) -> None:
