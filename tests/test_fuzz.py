@@ -7,16 +7,20 @@ makes at least 100,000 in all.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import copy
 import dataclasses
 import json
+import socket
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgpack
+import numpy as np
 import pytest
 import torch
 from hivemind.dht.routing import DHTID
@@ -26,11 +30,13 @@ from hypothesis import strategies as st
 
 from coordinator import records
 from coordinator.admission import Admission
-from coordinator.ballot import Candidacy, View, check_begin, check_proposal
+from coordinator.agreement import Agreement
+from coordinator.ballot import Candidacy, View, VoteBox, check_begin, check_proposal
 from coordinator.board import BoardValidator, board_key
 from coordinator.chain import Chain
 from coordinator.credentials import INVITE_PREFIX, _checksum, make_invite, open_revocations, parse_invite
 from coordinator.errors import AccessError, RoundError, SpecError
+from coordinator.gate_votes import GateVotes
 from coordinator.membership import Membership
 from coordinator.network import _parse_request, is_entry_address
 from coordinator.records import (
@@ -44,6 +50,7 @@ from coordinator.records import (
     sign,
 )
 from coordinator.spec import parse_spec
+from coordinator.streams import FrameStream, StreamError, _read_greeting
 from coordinator.transfer import parse_range
 from peer import manifest as manifests
 from peer.audit import Evidence, NotConclusive, from_bytes, judge, to_bytes
@@ -53,6 +60,7 @@ from peer.genesis import _parse_manifest
 from peer.layout import TensorLayout, make_manifest
 from peer.manifest import Manifest, Statement, open_manifest, open_statement
 from peer.parts import PartGrid
+from peer.reduction import figures_problem, plan_of
 from tests.fakes import NOW, hash_of, identity, make_commit, make_heartbeat, make_spec, peer, signed_by
 
 CHAIN = Chain(make_spec())
@@ -415,6 +423,112 @@ def take_evidence(data: bytes) -> object:
     return judge(evidence, RUN)
 
 
+# --- handlers, without the network around them
+
+
+LOOP = asyncio.new_event_loop()  # of all inputs: a loop for each would be most of the time
+
+
+def run(call: Coroutine[Any, Any, Any]) -> Any:
+    return LOOP.run_until_complete(call)
+
+
+FIRST_VOTE = records.GateVote(run=RUN, commit=hash_of("commit"), rejects=True)
+GATE_VOTES = {"votes": [sign(FIRST_VOTE, identity("a")).to_json()]}
+
+
+def take_gate_votes(data: bytes) -> object:
+    membership = Membership(CHAIN.spec, peer("me"))
+    membership.observe(signed_bytes(HEARTBEAT.model_dump(mode="json")), now=NOW, claimed_by=peer("a"))
+    of_no_use: Any = None  # to an answer
+    votes = GateVotes(of_no_use, identity("me"), membership, of_no_use, lambda: CHAIN, lambda: None)
+    run(votes._on_gate_vote(peer("b"), parse_json(data)))
+    return votes.of(hash_of("commit"))
+
+
+def gate_votes_bytes() -> st.SearchStrategy[bytes]:
+    """A valid list with something changed; and a vote of changed contents, honestly signed."""
+
+    def signed(payload: Any) -> bytes:
+        data = json.dumps(payload, sort_keys=True, separators=(",", ":")).encode(errors="replace")
+        signature = identity("a").sign(records._SIGNATURE_DOMAIN + data)
+        return encode({"votes": [Signed(peer("a"), data, signature).to_json()]})
+
+    return messages(GATE_VOTES) | changed(FIRST_VOTE.model_dump(mode="json")).map(signed)
+
+
+def take_vote(data: bytes) -> object:
+    box = VoteBox()
+    voter = SimpleNamespace(
+        chain=CHAIN,
+        _proposal=(peer("a"), READY_PROPOSAL),
+        _voting=SimpleNamespace(expects=lambda _: False, add=box.add),
+    )
+    run(Agreement._on_vote(cast(Agreement, voter), peer("a"), parse_json(data)))
+    return box.certificate(COMMIT, {peer("a")}, CHAIN), box.others(COMMIT)
+
+
+def take_figures(data: bytes) -> object:
+    """Of three members, as a reducer tells them; what passes must give a plan, or no plan at all."""
+    figures = np.frombuffer(data, dtype="<f8").reshape(3, 3)
+    norms = [1.0, 2.0, None]
+    if not figures_problem(figures, [None if n is None else n * n for n in norms]):
+        plan = plan_of("centered_clipping", "norm_cosine", [1.0] * 3, norms, [figures])
+        assert bool(np.isfinite(plan.weights).all())
+    return figures
+
+
+def figures_bytes() -> st.SearchStrategy[bytes]:
+    near = st.sampled_from([1.0, 4.0, 2.0, -2.0, 0.0, float("nan"), float("inf")]) | st.floats()
+    rows = st.lists(near, min_size=6, max_size=6)
+
+    def matrix(v: list[float]) -> bytes:
+        values = [1.0, v[0], v[1], v[0], 4.0, v[2], v[1], v[2], v[3]]
+        return np.array(values, dtype="<f8").tobytes()
+
+    return rows.map(matrix) | st.binary(min_size=72, max_size=72)
+
+
+def take_frames(data: bytes) -> object:
+    """All that a stream of these bytes gives, until it ends."""
+
+    async def read() -> int:
+        theirs, mine = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=mine)
+        stream = FrameStream(peer("a"), reader, writer)
+        theirs.setblocking(False)
+        theirs.send(data[:50_000])
+        theirs.close()
+        try:
+            async with asyncio.timeout(5.0):
+                while True:
+                    await stream.receive({1: 0, 2: 40, 3: 1000}, {2: memoryview(bytearray(40))})
+        finally:
+            stream.close()
+
+    return run(read())
+
+
+def frames_bytes() -> st.SearchStrategy[bytes]:
+    def frame(kind: int, length: int, payload: bytes) -> bytes:
+        return bytes([kind]) + length.to_bytes(4, "big") + payload
+
+    lengths = st.sampled_from([0, 1, 40, 1000, 1001, 2**31, 2**32 - 1])
+    whole = st.builds(lambda k, p: frame(k, len(p), p), st.integers(0, 4), st.binary(max_size=60))
+    cut = st.builds(frame, st.integers(0, 255), lengths, st.binary(max_size=60))
+    return st.lists(whole | cut, max_size=6).map(b"".join) | _bytes
+
+
+def take_greeting(data: bytes) -> object:
+    async def read() -> bytes:
+        reader = asyncio.StreamReader()
+        reader.feed_data(data)
+        reader.feed_eof()
+        return await _read_greeting(reader)
+
+    return run(read())
+
+
 def evidence_bytes() -> st.SearchStrategy[bytes]:
     """Headers with something changed, and signed statements that are none."""
     data = to_bytes(EVIDENCE)
@@ -471,6 +585,11 @@ TARGETS: dict[str, Target] = {
     "a begin": Target(messages(BEGIN), take_begin, (RecordError, RoundError)),
     "an answer to a proposal": Target(messages(ANSWER), take_answer, OWN),
     "a page of a chain": Target(messages([SIGNED_COMMIT.model_dump(mode="json")]), take_page, OWN),
+    "a list of gate votes": Target(gate_votes_bytes(), take_gate_votes, OWN),
+    "a vote": Target(messages({"run": RUN, "commit": COMMIT.digest, "signature": "A" * 88}), take_vote, OWN),
+    "figures": Target(figures_bytes(), take_figures, (ValueError,)),
+    "frames of a stream": Target(frames_bytes(), take_frames, (StreamError,)),
+    "a greeting": Target(frames_bytes(), take_greeting, (OSError, EOFError)),
     "evidence": Target(evidence_bytes(), take_evidence, (RecordError, NotConclusive, UnknownRoundError)),
 }
 
@@ -513,6 +632,13 @@ def test_what_is_valid_is_taken() -> None:
     assert take_begin(encode(BEGIN)) == READY_PROPOSAL.attempt
     take_proposal(encode(READY_PROPOSAL.model_dump(mode="json")))
     take_answer(encode({"acceptance": ACCEPTANCES["a"]}))
+    assert take_gate_votes(encode(GATE_VOTES)) == {peer("a"): True}
+    signature = records.signature_text(COMMIT, identity("a"))
+    assert take_vote(encode({"run": RUN, "commit": COMMIT.digest, "signature": signature}))
+    take_figures(np.diag([1.0, 4.0, 9.0]).astype("<f8").tobytes())
+    with pytest.raises(StreamError, match="ended"):  # after both frames
+        take_frames(b"\x01" + bytes(4) + b"\x02" + (40).to_bytes(4, "big") + bytes(40))
+    assert take_greeting(b"\x00" + (2).to_bytes(4, "big") + b"hi") == b"hi"
     assert take_page(encode([SIGNED_COMMIT.model_dump(mode="json")])) == COMMIT.hash
     assert from_bytes(to_bytes(EVIDENCE)) == EVIDENCE
     assert extend_chain(encode(SIGNED_COMMIT.model_dump(mode="json")))
