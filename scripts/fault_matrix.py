@@ -3,6 +3,7 @@
     python -m scripts.fault_matrix                     # all cells; about half a minute each
     python -m scripts.fault_matrix --only kill freeze  # some kinds
     python -m scripts.fault_matrix --only nan --out D  # kept in D, one file a cell; the table is of all in D
+    python -m scripts.fault_matrix --only kill --repeats 5    # medians
 
 A cell is a swarm of processes on loopback with a tiny model; one peer fails in round 2 (`tests/faults.py`),
 the others must hold one hash in every round, commit the next round, and their states must be the mean of
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.cli import Parser, run_main
+from coordinator.cli import Parser, positive_int, run_main
 from coordinator.errors import SwarmError
 from peer.model import load_backbone
 from peer.parts import PartGrid
@@ -51,10 +52,21 @@ MIDDLE = "middle-part"
 class Cell:
     kind: str
     step: str
+    compression: str = "fp32"
+    screening: str = "none"  # other than none: two phases
+
+    @property
+    def run(self) -> str:
+        """What of the run is not as usual."""
+        return " ".join(v for v in (self.compression, self.screening) if v not in ("fp32", "none"))
 
     @property
     def name(self) -> str:
-        return f"{self.kind} at {self.step}"
+        return f"{self.kind} at {self.step}{self.run and ', '}{self.run}"
+
+    @property
+    def file_name(self) -> str:
+        return "-".join(filter(None, (self.kind, "at", self.step, *self.run.split()))) + ".json"
 
     @property
     def num_rounds(self) -> int:
@@ -66,9 +78,10 @@ CELLS = (
     Cell("none", "ready"),
     *(Cell("kill", step) for step in ("ready", "proposal", "first-part", MIDDLE, "last-part")),
     *(Cell("kill", step) for step in ("first-result", "last-result", "commit", "download")),
-    *(Cell("freeze", step) for step in ("ready", "proposal", "first-part", MIDDLE, "first-result", "commit")),
+    *(Cell("freeze", step) for step in ("ready", "proposal", "first-part", MIDDLE, "last-part")),
+    *(Cell("freeze", step) for step in ("first-result", "last-result", "commit", "download")),
     *(Cell("freeze-2", step) for step in ("ready", "proposal", MIDDLE, "first-result", "commit")),
-    *(Cell("delay", step) for step in ("proposal", MIDDLE, "first-result", "commit")),
+    *(Cell("delay", step) for step in ("proposal", MIDDLE, "first-result", "commit", "download")),
     *(Cell("nan", step) for step in ("first-part", MIDDLE, "last-part")),
     *(Cell("corrupt", step) for step in ("first-part", MIDDLE, "last-part", "download")),
     *(Cell("wrong-shape", step) for step in ("first-part", MIDDLE, "last-part")),
@@ -80,23 +93,40 @@ CELLS = (
     Cell("equivocate-once", "first-result"),
     Cell("alive-only", "first-result"),
     Cell("withheld-manifest", "first-result"),
+    Cell("nan-result", "first-result"),
+    Cell("short-result", "first-result"),
     Cell("truncated-state", "download"),
     Cell("forged-record", "ready"),
+    Cell("false-claim", "ready"),
+    Cell("deaf", "ready"),
+    Cell("none", "ready", compression="int8"),
+    *(Cell("kill", step, compression="int8") for step in (MIDDLE, "first-result")),
+    Cell("none", "ready", screening="norm_cosine"),
+    *(Cell("kill", step, screening="norm_cosine") for step in (MIDDLE, "first-result")),
 )
+CLEAN = CELLS[0]
 LIES_OF_REDUCERS = ("wrong-result", "equivocate", "equivocate-once")  # each is proven by signatures
-FAULTS_OF_REDUCERS = ("alive-only", "withheld-manifest")  # which nobody can prove: attempts without them
-FAULTS_THAT_ARE_NOTED = ("kill", "freeze", "freeze-2", "delay")  # by `tests/faults.py`, in DIR/failed
+# Which nobody can prove: attempts without them.
+FAULTS_OF_REDUCERS = ("alive-only", "withheld-manifest", "nan-result", "short-result")
+FAULTS_AT_A_STEP = ("kill", "freeze", "freeze-2", "delay")
+# By `tests/faults.py`, in DIR/failed: else a cell that injects nothing would pass.
+FAULTS_THAT_ARE_NOTED = (*FAULTS_AT_A_STEP, "nan-result", "short-result", "deaf", "false-claim")
+# A result is off by half a step at most, and so is what its reducer has to make up for.
+STEPS_OF_CODECS = {"fp32": 0.0, "int8": 2 / 127}  # of the largest value
 LIES_IN_PARTS = ("nan", "wrong-norm", "wrong-shape", "corrupt")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    kind: str
-    step: str
+    cell: Cell
     problems: tuple[str, ...]  # empty: as promised
     what_happened: str
-    exchange_seconds: float  # of the slowest survivor, in the round of the fault
+    samples: tuple[float, ...]  # seconds of the slowest survivor, in the round of the fault, by repetition
     max_error: float  # of a state against float64
+
+    @property
+    def exchange_seconds(self) -> float:
+        return statistics.median(self.samples)
 
 
 def run_cell(cell: Cell, directory: Path) -> Outcome:
@@ -118,18 +148,16 @@ def run_cell(cell: Cell, directory: Path) -> Outcome:
         _end_frozen(peers)
     names = [process.name for process in honest]
     commits = _commits(directory / names[0])
-    error = _largest_error(commits, model, dump, cell)
+    error, allowed = _largest_error(commits, model, dump, cell)
     liar = _short_id(peers[3])
     problems = [
         *([] if _has_happened(cell, dump) else ["the fault was never injected"]),
         *_hash_problems(honest, cell.num_rounds),
         *_record_problems(cell, commits, liar, [directory / n for n in names]),
     ]
-    if error > TOLERANCE:
+    if error > allowed:
         problems.append(f"a state is {error:.1e} from the mean of the recorded contributions")
-    return Outcome(
-        cell.kind, cell.step, tuple(problems), _story(commits, liar), _seconds(directory, names), error
-    )
+    return Outcome(cell, tuple(problems), _story(commits, liar), (_seconds(directory, names),), error)
 
 
 def _start_run(swarm: LocalSwarm, cell: Cell, model: Path, directory: Path) -> list[str]:
@@ -146,7 +174,8 @@ def _start_run(swarm: LocalSwarm, cell: Cell, model: Path, directory: Path) -> l
     rounds = ["--rounds", str(cell.num_rounds), *budget, "--min-peers", "3"]
     limits = ["--lease-seconds", str(LEASE_SECONDS), "--round-limit-seconds", "20", "--audit-parts", "16"]
     weights = ["--weights", "examples" if cell.kind == "wrong-weight" else "uniform"]
-    starter = swarm.start("starter", "coordinator.start", [*flags, *rounds, *limits, *weights])
+    rules = ["--compression", cell.compression, "--screening", cell.screening]
+    starter = swarm.start("starter", "coordinator.start", [*flags, *rounds, *limits, *weights, *rules])
     started = swarm.wait_for(starter, "started", timeout_seconds=START_SECONDS)
     return ["--run", started["spec_digest"], "--initial-peers", *started["initial_peers"]]
 
@@ -191,7 +220,6 @@ def _commits(directory: Path) -> list[dict[str, Any]]:
 
 
 def _has_happened(cell: Cell, dump: Path) -> bool:
-    """Of faults that leave nothing in a record: else a cell that injects nothing would pass."""
     return cell.kind not in FAULTS_THAT_ARE_NOTED or (dump / "failed").exists()
 
 
@@ -272,11 +300,13 @@ def _seconds(directory: Path, names: Sequence[str]) -> float:
     return slowest
 
 
-def _largest_error(commits: Sequence[Mapping[str, Any]], model: Path, dump: Path, cell: Cell) -> float:
-    """Of all states against the float64 mean of the recorded contributions, part by part."""
+def _largest_error(
+    commits: Sequence[Mapping[str, Any]], model: Path, dump: Path, cell: Cell
+) -> tuple[float, float]:
+    """Of all states against the float64 mean of the recorded contributions, part by part; what is allowed."""
     _, backbone = load_backbone(model)
     state = backbone.numpy().astype(np.float64)
-    before, worst = state, 0.0
+    before, worst, largest = state, 0.0, 0.0
     for commit, following in zip(commits, [*commits[1:], None], strict=True):
         if commit["kind"] == "rollback":
             state = before
@@ -286,9 +316,11 @@ def _largest_error(commits: Sequence[Mapping[str, Any]], model: Path, dump: Path
         if measured is None:  # a round that none of the survivors took part in
             raise SwarmError(f"no peer held the state of round {commit['round']}")
         if not (is_undone and cell.kind in LIES_OF_REDUCERS):  # which holds the lie
-            worst = max(worst, float(np.abs(measured - (state + _mean_delta(commit, dump))).max()))
+            mean = _mean_delta(commit, dump)
+            worst = max(worst, float(np.abs(measured - (state + mean)).max()))
+            largest = max(largest, float(np.abs(mean).max()))
         before, state = state, measured.astype(np.float64)
-    return worst
+    return worst, TOLERANCE + STEPS_OF_CODECS[cell.compression] * largest
 
 
 def _state(dump: Path, state_hash: str) -> np.ndarray | None:
@@ -317,43 +349,50 @@ def _mean_delta(commit: Mapping[str, Any], dump: Path) -> np.ndarray:
 def _selected(only: Sequence[str] | None, steps: Sequence[str] | None, has_clean: bool) -> list[Cell]:
     """The cells that flags ask for; the clean one as well, unless it is kept from an earlier call."""
     chosen = [c for c in CELLS if (not only or c.kind in only) and (not steps or c.step in steps)]
-    clean = [c for c in CELLS if c.kind == "none" and c not in chosen and not has_clean]
-    return [*clean, *chosen]
+    return chosen if has_clean or CLEAN in chosen else [CLEAN, *chosen]
 
 
 def _keep(outcome: Outcome, directory: Path) -> None:
-    text = json.dumps(asdict(outcome), indent=1) + "\n"
-    (directory / f"{outcome.kind}-at-{outcome.step}.json").write_text(text)
+    (directory / outcome.cell.file_name).write_text(json.dumps(asdict(outcome), indent=1) + "\n")
 
 
 def _kept(directory: Path) -> list[Outcome]:
     """What this call and earlier ones have left, in the order of `CELLS`. Raises SwarmError."""
     outcomes = []
     for cell in CELLS:
-        file = directory / f"{cell.kind}-at-{cell.step}.json"
+        file = directory / cell.file_name
         if not file.exists():
             continue
         try:
             fields = json.loads(file.read_bytes())
-            outcomes.append(Outcome(**{**fields, "problems": tuple(fields["problems"])}))
+            tuples = {key: tuple(fields[key]) for key in ("problems", "samples")}
+            outcomes.append(Outcome(**{**fields, **tuples, "cell": Cell(**fields["cell"])}))
         except (ValueError, TypeError, KeyError) as error:
             raise SwarmError(f"{file} holds no outcome of a cell ({error}): remove it") from error
     return outcomes
 
 
 def _print(outcomes: Sequence[Outcome], console: Console) -> None:
-    clean = statistics.median([o.exchange_seconds for o in outcomes if o.kind == "none"] or [0.0])
+    clean = next((o.exchange_seconds for o in outcomes if o.cell == CLEAN), 0.0)
     table = Table(title="Faults, 4 peers, the others' view", title_justify="left")
-    for heading in ("fault", "step", "outcome", "rounds"):
+    for heading in ("fault", "step", "run", "outcome", "rounds"):
         table.add_column(heading)
     table.add_column("seconds lost", justify="right")
     table.add_column("error", justify="right")
     for o in outcomes:
-        lost = "-" if o.kind == "none" else f"{max(0.0, o.exchange_seconds - clean):.1f}"
         outcome = "as promised" if not o.problems else "; ".join(o.problems)
-        table.add_row(o.kind, o.step, outcome, o.what_happened, lost, f"{o.max_error:.0e}")
+        cells = (o.cell.kind, o.cell.step, o.cell.run, outcome, o.what_happened)
+        table.add_row(*cells, _told_seconds(o, clean), f"{o.max_error:.0e}")
     console.print(table)
     console.print(f"clean: {clean:.1f} s from ready to committed")
+
+
+def _told_seconds(outcome: Outcome, clean: float) -> str:
+    """The median of the repetitions beyond the clean cell, and the longest."""
+    if outcome.cell.kind == "none":
+        return "-"
+    longest = f" (to {max(0.0, max(outcome.samples) - clean):.1f})" if len(outcome.samples) > 1 else ""
+    return f"{max(0.0, outcome.exchange_seconds - clean):.1f}{longest}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -362,6 +401,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.fault_matrix", description="What each fault costs the others.")
     parser.add_argument("--only", nargs="+", choices=kinds, metavar="KIND", help="some kinds of faults")
     parser.add_argument("--steps", nargs="+", choices=steps, metavar="STEP", help="some steps")
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="of every cell; seconds lost are then a median (default 1)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -376,14 +422,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(flags: argparse.Namespace) -> int:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 190)
     if flags.out is not None:
         flags.out.mkdir(parents=True, exist_ok=True)
     kept = [] if flags.out is None else _kept(flags.out)
     outcomes = []
     with sigterm_as_exit():
-        for cell in _selected(flags.only, flags.steps, any(o.kind == "none" for o in kept)):
-            outcome = _outcome_of(cell)
+        for cell in _selected(flags.only, flags.steps, any(o.cell == CLEAN for o in kept)):
+            outcome = _together([_outcome_of(cell) for _ in range(flags.repeats)])
             outcomes.append(outcome)
             if flags.out is not None:
                 _keep(outcome, flags.out)
@@ -397,7 +443,18 @@ def _outcome_of(cell: Cell) -> Outcome:
         try:
             return run_cell(cell, Path(directory))
         except SwarmError as error:
-            return Outcome(cell.kind, cell.step, (str(error).splitlines()[0],), "", 0.0, 0.0)
+            return Outcome(cell, (str(error).splitlines()[0],), "", (0.0,), 0.0)
+
+
+def _together(outcomes: Sequence[Outcome]) -> Outcome:
+    """Repetitions of one cell: the story of the slowest, and every problem that any of them had."""
+    slowest = max(outcomes, key=lambda o: o.exchange_seconds)
+    return replace(
+        slowest,
+        problems=tuple(dict.fromkeys(problem for o in outcomes for problem in o.problems)),
+        samples=tuple(seconds for o in outcomes for seconds in o.samples),
+        max_error=max(o.max_error for o in outcomes),
+    )
 
 
 if __name__ == "__main__":

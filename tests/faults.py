@@ -6,9 +6,11 @@ It fails once, at the first time that the step is reached in round 2 or later; a
 in all later ones. `equivocate` tells two of three members another result than the third, each with a
 statement that fits, so that no majority signs; `equivocate-once` tells one, and the rest commits.
 `alive-only` is a reducer that says that it waits for others, and nothing else. `withheld-manifest` sends
-nothing to the others, so that they cannot tell how long its results may be, and multiplies these. Every
-peer of the fault matrix runs under this module, the honest ones with the kind `none`: it then only writes
-to DIR what it contributed and which states it held, for the check against float64.
+nothing to the others, so that they cannot tell how long its results may be, and multiplies these.
+`nan-result` and `short-result` are results that nobody can use. `deaf` says what it has to say and answers no
+call; `false-claim` says, with its own signature, that it is five rounds ahead. Every peer of the fault
+matrix runs under this module, the honest ones with the kind `none`: it then only writes to DIR what it
+contributed, as it is decoded, and which states it held, for the check against float64.
 
 `flipped-labels` does all that a member does, and nothing can be proven against it: it finetunes on flipped
 labels under a head that is fitted to the true ones, sends a delta as long as those of the others, claims to
@@ -61,6 +63,10 @@ KINDS = (
     "equivocate-once",
     "alive-only",
     "withheld-manifest",
+    "nan-result",
+    "short-result",
+    "deaf",
+    "false-claim",
     "truncated-state",
     "forged-record",
     "flipped-labels",
@@ -94,6 +100,13 @@ class Injector:
     def is_lying(self, kind: str) -> bool:
         return self.kind == kind and self.round >= FIRST_ROUND
 
+    def lies(self, kind: str) -> bool:
+        """As `is_lying`; and it is noted that the lie was told."""
+        if not self.is_lying(kind):
+            return False
+        (self.dump / "failed").write_text(f"{kind} round {self.round}\n")
+        return True
+
     def is_at(self, part: int, parts: range) -> bool:
         """Whether this part of a slice is the one of the step."""
         at = {"first": parts.start, "middle": (parts.start + parts.stop) // 2, "last": parts.stop - 1}
@@ -119,6 +132,7 @@ class Injector:
 def install(injector: Injector) -> None:
     """Wrap the named steps of the product."""
     _wrap_session(injector)
+    _wrap_agreement(injector)
     if injector.kind == "flipped-labels":
         _wrap_learner(injector)
     if injector.kind in ("flipped-labels", "reversed"):
@@ -137,8 +151,9 @@ def _wrap_session(injector: Injector) -> None:
             delta = _as_long_as_others(delta, self._agreement.chain)
         elif injector.is_lying("reversed"):
             delta = -2.0 * delta
-        np.save(injector.dump / f"delta-{log.round}-{self._network.peer_id[-8:]}.npy", delta.numpy())
-        outgoing = _lie_about(encode(self, delta, log), self, injector)
+        honest = encode(self, delta, log)
+        np.save(injector.dump / f"delta-{log.round}-{self._network.peer_id[-8:]}.npy", _decoded(honest))
+        outgoing = _lie_about(honest, self, injector)
         self._network.run(injector.reach("ready"), timeout_seconds=60.0)
         return outgoing
 
@@ -154,6 +169,26 @@ def _wrap_session(injector: Injector) -> None:
     session.Session._encode = encode_and_fail  # type: ignore[method-assign]
     session.Session._reduce = reduce_and_fail  # type: ignore[method-assign,assignment]
     session.Session._set_state = set_and_dump  # type: ignore[method-assign]
+
+
+def _decoded(outgoing: Outgoing) -> np.ndarray:
+    """What the others make of it."""
+    sizes = [outgoing.grid.size(part) for part in range(outgoing.grid.num_parts)]
+    values = [outgoing.codec.decode(data, n) for data, n in zip(outgoing.parts, sizes, strict=True)]
+    return torch.cat(values).numpy()
+
+
+def _wrap_agreement(injector: Injector) -> None:
+    heartbeat = Agreement._heartbeat
+
+    def heartbeat_from_the_future(self: Any) -> PeerRecord:
+        record = heartbeat(self)
+        if not injector.lies("false-claim"):
+            return record
+        claim = {"round": record.round + 5, "commit": "f" * 64, "state_hash": "e" * 64}
+        return record.model_copy(update=claim)
+
+    Agreement._heartbeat = heartbeat_from_the_future  # type: ignore[method-assign]
 
 
 def _wrap_learner(injector: Injector) -> None:
@@ -247,6 +282,10 @@ def _wrap_allreduce(injector: Injector) -> None:
         if injector.is_lying("withheld-manifest"):
             values = np.frombuffer(data, dtype="<f4") * np.float32(ENLARGED)
             return memoryview(flat_bytes(torch.from_numpy(values)))
+        if injector.lies("nan-result"):
+            return memoryview(np.full(len(data) // 4, np.nan, dtype="<f4").tobytes())
+        if injector.lies("short-result"):
+            return memoryview(data)[:-4]
         return data
 
     async def converse_elsewhere(self: Any, member: str) -> None:
@@ -321,6 +360,8 @@ def _wrap_network(injector: Injector) -> None:
         async def handle(peer_id: str, body: Any) -> bytes:
             if method == "propose":
                 await injector.reach("proposal")
+            if injector.lies("deaf"):
+                await asyncio.Event().wait()
             return bytes(await handler(peer_id, body))
 
         on_call(self, method, handle)

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from coordinator.errors import SwarmError
-from scripts.fault_matrix import CELLS, Cell, Outcome, _keep, _kept, _selected, run_cell
+from scripts.fault_matrix import (
+    CELLS,
+    Cell,
+    Outcome,
+    _keep,
+    _kept,
+    _selected,
+    _together,
+    _told_seconds,
+    run_cell,
+)
 
 FAST = (Cell("kill", "middle-part"), Cell("wrong-result", "first-result"))
 BOUND_SECONDS = 60.0  # of the slowest survivor, from ready to committed: deadlines add up to about 20
@@ -32,21 +42,34 @@ def test_the_others_hold_one_hash_and_go_on(cell: Cell, tmp_path: Path) -> None:
 
 
 def test_outcomes_of_several_calls_make_one_table(tmp_path: Path) -> None:
-    later = Outcome("nan", "last-part", ("a state is off",), "3 peers", 2.5, 1e-3)
-    earlier = Outcome("none", "ready", (), "4 peers", 0.5, 6e-8)
-    for outcome in (later, earlier):
+    later = Outcome(Cell("nan", "last-part"), ("a state is off",), "3 peers", (2.5,), 1e-3)
+    earlier = Outcome(Cell("none", "ready"), (), "4 peers", (0.5,), 6e-8)
+    lossy = Outcome(Cell("kill", "middle-part", compression="int8"), (), "3 peers", (1.0, 2.0, 4.0), 1e-3)
+    for outcome in (lossy, later, earlier):
         _keep(outcome, tmp_path)
-    assert _kept(tmp_path) == [earlier, later]  # in the order of the cells
+    assert _kept(tmp_path) == [earlier, later, lossy]  # in the order of the cells
+    assert (tmp_path / "kill-at-middle-part-int8.json").exists()
     _keep(replace(later, problems=()), tmp_path)
-    assert [outcome.problems for outcome in _kept(tmp_path)] == [(), ()]
+    assert [outcome.problems for outcome in _kept(tmp_path)] == [(), (), ()]
     (tmp_path / "kill-at-ready.json").write_text('{"kind": "kill"}')
     with pytest.raises(SwarmError, match=r"kill-at-ready\.json holds no outcome"):
         _kept(tmp_path)
+
+
+def test_repetitions_are_told_by_their_median_and_their_longest() -> None:
+    cell = Cell("kill", "commit")
+    runs = [Outcome(cell, (), "3 peers", (seconds,), error) for seconds, error in ((2.0, 1e-7), (1.0, 3e-7))]
+    bad = Outcome(cell, ("round 2 has 2 states",), "slow", (9.0,), 2e-7)
+    both = _together([*runs, bad])
+    assert both == Outcome(cell, ("round 2 has 2 states",), "slow", (2.0, 1.0, 9.0), 3e-7)
+    assert _told_seconds(both, clean=0.5) == "1.5 (to 8.5)"
+    assert _told_seconds(runs[0], clean=0.5) == "1.5"
 
 
 def test_the_clean_cell_runs_once() -> None:
     clean, kill = Cell("none", "ready"), Cell("kill", "commit")
     assert _selected(["kill"], ["commit"], has_clean=False) == [clean, kill]
     assert _selected(["kill"], ["commit"], has_clean=True) == [kill]
-    assert _selected(["none"], None, has_clean=True) == [clean]
+    assert _selected(["none"], None, has_clean=True)[0] == clean
     assert _selected(None, None, has_clean=True) == list(CELLS)
+    assert len({cell.file_name for cell in CELLS}) == len(CELLS)
