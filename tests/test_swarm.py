@@ -142,6 +142,7 @@ def check_against_simulation(tmp_path: Path, names: Sequence[str]) -> None:
     assert apart < 0.02 * way
 
 
+@pytest.mark.slow  # each kind of task alone: test_data.py, test_learner.py
 def test_three_peers_with_three_kinds_of_task(tmp_path: Path) -> None:
     kinds = ("single", "pair", "regression")
     with LocalSwarm(tmp_path / "logs") as swarm:
