@@ -403,27 +403,36 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
         "seconds, as multiples of gloo's": lambda row: row.times_gloo,
         "MB sent per peer": lambda row: row.sent_mb,
         "CPU-seconds per peer": lambda row: row.cpu_seconds,
+        "MiB of a peer, PSS": lambda row: row.pss_mib,
+        "largest error, against float64": lambda row: row.error,
     }
     methods = list(dict.fromkeys(row.method for row in rows))
     num_peers = sorted({row.peers for row in rows})
     thickness = 0.8 / len(num_peers)
-    height = 1.6 + 0.2 * len(methods) * max(len(num_peers), 2)
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, height), sharey=True)
-    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+    height = 2 * (1.0 + 0.2 * len(methods) * max(len(num_peers), 2)) + 0.6
+    figure, grid = plt.subplots(2, 3, figsize=(12, height), sharey=True)
+    axes = grid.flatten()
+    for axis, (title, value) in zip(axes, panels.items(), strict=False):
         for index, peers in enumerate(num_peers):
             own = [row for row in rows if row.peers == peers]
             offset = (index - (len(num_peers) - 1) / 2) * thickness
             places = [methods.index(row.method) + offset for row in own]
             bars = axis.barh(places, [value(row) for row in own], thickness, label=f"{peers} peers")
-            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+            axis.bar_label(bars, fmt=_short, padding=2, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[4].set_xscale("log")
+    axes[5].set_axis_off()
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(num_peers), fontsize=9)
-    figure.tight_layout(rect=(0, 0.4 / height, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", fontsize=9)
+    figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-2 else f"{value:.0e}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
