@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ class Sample:
     pss_mib: float  # at the end, above the process with the tensor alone
     error: float  # largest, against float64, relative to the largest value
     digest: str
+    # Mean over the peers of what went over the loopback device meanwhile, with headers and acknowledgements;
+    # any other traffic of the machine is in it. 0 where the system does not tell.
+    bytes_on_wire: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Row:
     times_gloo: float
     prepare_seconds: float
     cpu_seconds: float
-    sent_mb: float
+    sent_mb: float  # payload: counted by ours, known of the others' algorithms
+    wire_mb: float
     pss_mib: float
     error: float
     is_identical: bool  # the same bytes on all peers, in every repeat
@@ -247,6 +251,11 @@ def _pss_mib() -> float:
     return total / 2**20
 
 
+def _loopback_bytes() -> int:
+    devices = psutil.net_io_counters(pernic=True)
+    return sum(counters.bytes_sent for name, counters in devices.items() if name.startswith("lo"))
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(text)
@@ -298,11 +307,14 @@ class Swarm:
                 process.kill()
 
     def measure(self, method: str) -> list[Sample]:
+        before = _loopback_bytes()
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(method + "\n")
             process.stdin.flush()
-        return [Sample(**json.loads(self._read(process))) for process in self._processes]
+        samples = [Sample(**json.loads(self._read(process))) for process in self._processes]
+        each = (_loopback_bytes() - before) / len(samples)
+        return [replace(sample, bytes_on_wire=each) for sample in samples]
 
     def _read(self, process: subprocess.Popen[str], expected: str = "{") -> str:
         timer = threading.Timer(LIMIT_SECONDS, process.kill)
@@ -353,6 +365,7 @@ def _row(num_peers: int, method: str, num_values: int, samples: Samples) -> Row:
         prepare_seconds=statistics.median(s.prepare_seconds for s in every) if method in CODECS else 0.0,
         cpu_seconds=statistics.median(s.cpu_seconds for s in every),
         sent_mb=statistics.median(s.bytes_sent for s in every) / 1e6,
+        wire_mb=statistics.median(s.bytes_on_wire for s in every) / 1e6,
         pss_mib=statistics.median(s.pss_mib for s in every),
         error=max(s.error for s in every),
         is_identical=all(len({s.digest for s in repeat}) == 1 for repeat in samples[method]),
@@ -371,6 +384,7 @@ def _print(rows: Sequence[Row], flags: argparse.Namespace, console: Console) -> 
         "prepare s",
         "CPU-s/peer",
         "sent MB/peer",
+        "wire MB/peer",
         "PSS MiB",
         "error",
         "one hash",
@@ -386,6 +400,7 @@ def _print(rows: Sequence[Row], flags: argparse.Namespace, console: Console) -> 
             f"{row.prepare_seconds:.2f}",
             f"{row.cpu_seconds:.2f}",
             f"{row.sent_mb:.1f}",
+            f"{row.wire_mb:.1f}",
             f"{row.pss_mib:.0f}",
             f"{row.error:.1e}",
             "yes" if row.is_identical else "no",
