@@ -310,24 +310,34 @@ class LabSwarm:
 
     def __init__(self, lab: NetworkLab, swarm: LocalSwarm, folder: Path) -> None:
         self.peers: dict[str, SwarmProcess] = {}
-        self._lab, self._swarm, self._folder = lab, swarm, folder
+        self._lab, self._swarm, self.folder = lab, swarm, folder
 
-    def start(self, names: Sequence[str], *flags: str) -> None:
-        model = make_model(self._folder / "pretrained")
-        first = self._start(names[0], "--model", str(model), *flags)
+    def start(self, names: Sequence[str], *flags: str, hidden: str = "", relays: bool = False) -> None:
+        """`hidden`: of the names, those that cannot be dialled; `relays`: the others relay for them."""
+        model = make_model(self.folder / "pretrained")
+        public = ("--reachability", "public") if relays else ()
+        first = self._start(names[0], "--model", str(model), *flags, *public)
         started = self._swarm.wait_for(first, "started", timeout_seconds=START_SECONDS)
-        entry = ("--run", started["spec_digest"], "--initial-peers", *started["initial_peers"])
-        for name in names[1:]:
-            self._start(name, *entry)
+        entries = list(started["initial_peers"])
+        entry = ("--run", started["spec_digest"], "--initial-peers")
+        for name in [name for name in names[1:] if name not in hidden]:
+            process = self._start(name, *entry, *entries[:1], *public)
+            if relays:
+                joined = self._swarm.wait_for(process, "joined", timeout_seconds=START_SECONDS)
+                entries.append(f"{announced_address(self._lab.hosts[name])}/p2p/{joined['peer_id']}")
+        for name in hidden:
+            self._start(name, *entry, *entries, is_hidden=True)
         for process in self.peers.values():
             self._swarm.wait_for(process, "joined", timeout_seconds=START_SECONDS)
 
-    def _start(self, name: str, *flags: str) -> SwarmProcess:
-        data = write_task(self._folder / f"{name}.jsonl", seed=len(self.peers))
+    def _start(self, name: str, *flags: str, is_hidden: bool = False) -> SwarmProcess:
+        data = write_task(self.folder / f"{name}.jsonl", seed=len(self.peers))
         with self._lab.inside(name) as host:
             where = ["--host-maddrs", listening_address(), "--announce-maddrs", announced_address(host)]
+            if is_hidden:
+                where = ["--no-listen", "--reachability", "private"]
             training = ["--batch-size", "8", "--max-length", "16", "--linger-seconds", "60"]
-            output = ["--data", str(data), "--output-dir", str(self._folder / name)]
+            output = ["--data", str(data), "--output-dir", str(self.folder / name)]
             process = self._swarm.start(name, "peer.join", [*where, *training, *output, *flags])
         self.peers[name] = process
         return process
@@ -451,3 +461,21 @@ def test_a_peer_whose_line_stalls_costs_the_others_a_bounded_time(
     lab.heal()
     proxy.send_signal(signal.SIGCONT)
     lab_swarm.wait_for_round(others.last_round() + 1, 120.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(800)
+def test_two_peers_that_cannot_be_dialled_train_with_the_others_through_relays(
+    lab: NetworkLab, lab_swarm: LabSwarm
+) -> None:
+    """What they send to one another as well: each reduces a slice of all."""
+    add_hosts(lab, "rstu", delay_seconds=0.005)
+    for name in "ab":
+        lab.add_host(name)
+    flags = ("--rounds", "3", "--round-examples", "32", "--min-peers", "6", "--run-name", "lab")
+    lab_swarm.start("rstuab", *flags, hidden="ab", relays=True)
+    lab_swarm.wait_for_round(3, 400.0)
+    assert lab_swarm.all_agree()
+    lines = (lab_swarm.folder / "a" / "rounds.jsonl").read_text().splitlines()
+    rounds = [json.loads(line) for line in lines]
+    assert [(r["num_peers"], r["partial"]) for r in rounds] == [(6, {})] * 3
