@@ -69,6 +69,11 @@ class Cell:
         return "-".join(filter(None, (self.kind, "at", self.step, *self.run.split()))) + ".json"
 
     @property
+    def num_unused_tokens(self) -> int:
+        """A state of several chunks is fetched from all who have it, so the faulty ones are asked as well."""
+        return 100_000 if self.step == "download" else 0
+
+    @property
     def num_rounds(self) -> int:
         """A newcomer who is to download a state must come before the run is over."""
         return 10 if self.step == "download" else NUM_ROUNDS
@@ -131,7 +136,7 @@ class Outcome:
 
 def run_cell(cell: Cell, directory: Path) -> Outcome:
     """Raises SwarmError when a survivor does not end in time."""
-    model = make_model_dir(directory / "pretrained")
+    model = make_model_dir(directory / "pretrained", num_unused_tokens=cell.num_unused_tokens)
     dump = directory / "dump"
     with LocalSwarm(directory / "logs") as swarm:
         entry = _start_run(swarm, cell, model, directory)

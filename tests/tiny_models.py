@@ -30,10 +30,15 @@ OTHER_WORDS = ("the", "a", "film", "plot", "was", "is", "very", "and", "actor", 
 _MAX_TOKENS = 64
 
 
-def make_model_dir(directory: Path, family: str = "bert", *, seed: int = 0) -> Path:
-    """A bare encoder of `family` (a key of FAMILIES) with random weights from `seed`, and its tokenizer."""
+def make_model_dir(
+    directory: Path, family: str = "bert", *, seed: int = 0, num_unused_tokens: int = 0
+) -> Path:
+    """A bare encoder of `family` (a key of FAMILIES) with random weights from `seed`, and its tokenizer.
+
+    `num_unused_tokens` make it large, and training hardly slower.
+    """
     tokenizer = make_tokenizer()
-    config = FAMILIES[family](len(tokenizer))
+    config = FAMILIES[family](len(tokenizer) + num_unused_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(config, dtype=torch.float32)
