@@ -23,7 +23,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -121,11 +121,11 @@ class GroupFailed(RoundError):
 
 
 class _Replaced(RoundError):
-    """An attempt was running when a later one began."""
+    """An attempt was running when a later one was accepted, or began."""
 
-    def __init__(self, author: str) -> None:
+    def __init__(self, author: str, proposal: Proposal) -> None:
         super().__init__("replaced by a later attempt")
-        self.author = author
+        self.author, self.proposal = author, proposal
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,8 @@ class Agreement:
         self._attempt = 0  # the next one to try
         self._proposal: tuple[str, Proposal] | None = None  # its author, and what I accepted
         self._begun: Ballot | None = None
+        self._accepted_at = 0.0  # by time.monotonic()
+        self._charged = ""  # hash of the proposal that cost an attempt last: it costs its author once
         self._last_begun = ""  # hash of the proposal that began last: a begin that comes twice counts once
         self._computed: tuple[Group, str] | None = None  # my last all-reduce and the hash of its state
         self._leaders = self._leaders.in_next_round()
@@ -501,8 +503,7 @@ class Agreement:
             self._attempt = max(self._attempt, self._voter.promise.attempt) + 1
             await self._bell.rung(POLL_SECONDS)
             return None
-        self._count_idle_proposal()
-        self._proposal = (me, proposal)
+        self._take_proposal(me, proposal)
         self._attempt = max(self._attempt, proposal.attempt)
         await self._store_promise()
         others = [peer for peer, _ in member_records(proposal) if peer != me]
@@ -600,6 +601,7 @@ class Agreement:
         started = time.monotonic()
         try:
             commit = await self._make_commit(ballot, group, reduce)
+            self._check_not_replaced(ballot)
             exchange_seconds = time.monotonic() - started
             chain = await self._voting.commit(ballot, commit, self.chain, exchange_seconds)
         except (RoundError, RecordError) as error:
@@ -610,7 +612,7 @@ class Agreement:
                 else:
                     self._roster.failed(error.culprit, group.attempt)
             if isinstance(error, _Replaced):
-                self._count_costly(error.author, ballot.members, time.monotonic() - started)
+                self._count_replaced(error, ballot, time.monotonic() - started)
             self._voting.stop()
             self._attempt = max(self._attempt, group.attempt + 1)
             return None
@@ -655,7 +657,7 @@ class Agreement:
         try:
             while not task.done():
                 if self._begun is not None:
-                    raise _Replaced(self._begun.author)
+                    raise _Replaced(self._begun.author, self._begun.proposal)
                 wake = asyncio.ensure_future(self._bell.rung(POLL_SECONDS))
                 await asyncio.wait({task, wake}, return_when=asyncio.FIRST_COMPLETED)
                 wake.cancel()
@@ -719,26 +721,50 @@ class Agreement:
         except RecordError as error:
             attempt = max(self._attempt, self._voter.promise.attempt)
             return json.dumps({"accept": False, "why": str(error), "attempt": attempt}).encode()
-        self._count_idle_proposal()
-        self._proposal = (author, proposal)
+        self._take_proposal(author, proposal)
         self._attempt = max(self._attempt, proposal.attempt)
         await self._store_promise()
         return json.dumps(answer.to_json()).encode()
 
-    def _count_idle_proposal(self) -> None:
-        """Of another one, which I accepted last, and which never began."""
-        author, proposal = self._proposal or ("", None)
-        if proposal is not None and proposal.hash != self._last_begun:
-            self._count_costly(author, [peer for peer, _ in member_records(proposal)])
+    def _take_proposal(self, author: str, proposal: Proposal) -> None:
+        """The one that I have accepted. The one before it, if it has not begun, never will."""
+        self._count_unbegun(author, proposal)
+        self._proposal, self._accepted_at = (author, proposal), time.monotonic()
 
-    def _count_costly(self, author: str, members: Collection[str], ran_seconds: float = 0.0) -> None:
-        """`ran_seconds`: of the attempt that it replaced; the next one is given twice as long."""
-        if author == self._identity.peer_id:
+    def _count_unbegun(self, newer_author: str, newer: Proposal) -> None:
+        """The fault of its author if it had time to begin; else of who came too early with another one."""
+        author, proposal = self._proposal or ("", None)
+        if proposal is None or proposal.hash in (self._last_begun, self._charged):
             return
-        others = [peer for peer in members if peer != self._identity.peer_id]
-        pause = self._pace.leader_seconds(others) + 2.0 * ran_seconds
-        limit = max(self.chain.spec.lease_seconds, self.chain.spec.exchange_limit_seconds)
-        self._leaders.cost_an_attempt(author, time.monotonic(), pause, limit)
+        if "rollback" in (proposal.purpose, newer.purpose):  # which only those accept who want it as well
+            return
+        pause = self._attempt_seconds(peer for peer, _ in member_records(proposal))
+        had_time = time.monotonic() >= self._accepted_at + pause
+        costly = author if had_time or author == newer_author else newer_author
+        self._count_costly(costly, pause, self.chain.spec.lease_seconds)
+
+    def _check_not_replaced(self, ballot: Ballot) -> None:
+        """Raises _Replaced when a later proposal was accepted meanwhile: what is done cannot be signed."""
+        author, proposal = self._proposal or ("", None)
+        if proposal is not None and self._voter.promise.proposal == proposal.hash != ballot.proposal.hash:
+            raise _Replaced(author, proposal)
+
+    def _count_replaced(self, replaced: _Replaced, ballot: Ballot, ran_seconds: float) -> None:
+        """The next one is given twice as long."""
+        if replaced.proposal.purpose == "rollback" or replaced.proposal.hash == self._charged:
+            return
+        self._charged = replaced.proposal.hash
+        spec = self.chain.spec
+        pause = self._attempt_seconds(ballot.members) + 2.0 * ran_seconds
+        self._count_costly(replaced.author, pause, max(spec.lease_seconds, spec.exchange_limit_seconds))
+
+    def _count_costly(self, author: str, pause_seconds: float, max_seconds: float) -> None:
+        if author != self._identity.peer_id:
+            self._leaders.cost_an_attempt(author, time.monotonic(), pause_seconds, max_seconds)
+
+    def _attempt_seconds(self, members: Iterable[str]) -> float:
+        """From the first call of a leader to the begin of its attempt."""
+        return self._pace.leader_seconds([peer for peer in members if peer != self._identity.peer_id])
 
     def _check_credentials(self, proposal: Proposal) -> None:
         """A member must not bring in an outsider either. Raises RecordError."""

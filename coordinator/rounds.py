@@ -81,7 +81,7 @@ class Leaders:
         self._unheard_until: dict[str, float] = {}  # by author
 
     def cost_an_attempt(self, author: str, now: float, pause_seconds: float, max_seconds: float) -> None:
-        """A proposal of `author` was accepted and never began, or it replaced an attempt that was running.
+        """A proposal of `author` was accepted and never began, or it ended another attempt before its time.
 
         `pause_seconds`: what one attempt of somebody else takes.
         """

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -49,6 +50,7 @@ from coordinator.rounds import CatchUp, Fuse
 from coordinator.spec import RunSpec
 from tests.fakes import (
     CALL_SECONDS,
+    NOW,
     addresses,
     extend,
     hash_of,
@@ -307,6 +309,66 @@ def test_who_proposes_without_end_and_never_begins_does_not_keep_the_others_from
             assert isinstance(outcome, Committed | Overtaken)
         tormenting.cancel()
         assert max(member.agreement.chain.round for member in others) == 1
+
+
+def test_who_ends_what_runs_again_and_again_does_not_keep_the_others_from_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reducer does that gives the others nothing: it has its own result at once, and begins anew."""
+    short_waits(monkeypatch)
+
+    async def slow_state(group: Group) -> Fused:
+        await asyncio.sleep(8.0)  # longer than anybody waits for votes
+        return await same_state(group)
+
+    with swarm(4, tmp_path) as members:
+        for member in members:
+            member.get_ready()
+        *others, hasty = members
+        hasting = hasty.fuse(same_state)
+        for outcome in outcomes([member.fuse(slow_state) for member in others]):
+            assert isinstance(outcome, Committed | Overtaken)
+        hasting.cancel()
+        assert_one_chain(others, 1)
+
+
+def test_a_proposal_that_never_began_is_held_against_its_author_or_against_who_came_too_early() -> None:
+    me, early, late = peer("me"), peer("early"), peer("late")
+    chain = Chain(make_spec())
+    first = Proposal(
+        run=chain.spec.digest,
+        round=1,
+        attempt=0,
+        previous=chain.tip,
+        members=[sign(make_heartbeat(chain), identity("a")).to_json()],
+        electorate=[peer("a")],
+        proposed_at=NOW,
+    )
+    second = first.model_copy(update={"attempt": 1})
+
+    def held_against(author: str, newer_author: str, *, age: float, **changes: Any) -> list[str]:
+        charged: list[str] = []
+        agreement = SimpleNamespace(
+            _proposal=(author, first),
+            _last_begun="",
+            _charged="",
+            _accepted_at=time.monotonic() - age,
+            _attempt_seconds=lambda _: 3.0,
+            _count_costly=lambda costly, *_: charged.append(costly),
+            chain=chain,
+        )
+        newer = second.model_copy(update={"purpose": changes.pop("purpose", "fuse")})
+        vars(agreement).update(changes)
+        Agreement._count_unbegun(cast(Agreement, agreement), newer_author, newer)
+        return charged
+
+    assert held_against(late, me, age=4.0) == [late]  # it had time to begin
+    assert held_against(late, early, age=1.0) == [early]  # it had not: who came too early ended it
+    assert held_against(me, early, age=1.0) == [early]  # mine as well
+    assert held_against(early, early, age=1.0) == [early]
+    assert held_against(late, early, age=4.0, _last_begun=first.hash) == []
+    assert held_against(late, early, age=4.0, _charged=first.hash) == []  # it has cost an attempt already
+    assert held_against(late, early, age=4.0, purpose="rollback") == []
 
 
 def test_who_never_signs_is_waited_for_as_its_round_trips_say(

@@ -139,7 +139,8 @@ class Peer:
         self.candidacy: tuple[Candidacy, Proposal, float] | None = None  # with its deadline
         self.begun: Ballot | None = None
         self.done_at = 0.0  # when the exchange of the begun ballot ends
-        self.last_begun = ""
+        self.last_begun = self.charged = ""
+        self.accepted_at = 0.0
         self.voting: tuple[Ballot, Commit, float] | None = None
         self.votes = VoteBox()
         self.waits_until: float | None = None  # for the leader
@@ -334,9 +335,8 @@ class Peer:
             self.attempt = max(self.attempt, self.voter.promise.attempt) + 1
             return
         self.store_promise()
-        self.count_idle_proposal()
+        self.take_proposal(self.peer_id, proposal)
         self.attempt = proposal.attempt
-        self.proposal = (self.peer_id, proposal)
         self.candidacy = (candidacy, proposal, self.now + LEADER_SECONDS / 2)
         body = sign(proposal, identity(self.name)).to_json()
         for peer_id, _ in member_records(proposal):
@@ -360,6 +360,9 @@ class Peer:
     def run_ballot(self) -> None:
         ballot, self.begun = self.begun, None
         assert ballot is not None
+        author, proposal = self.proposal or ("", None)
+        if proposal is not None and self.voter.promise.proposal == proposal.hash != ballot.proposal.hash:
+            self.count_replaced(author, proposal)
         try:
             commit = self.make_commit(ballot)
             own = self.voter.sign(commit, ballot.proposal, self.now)
@@ -426,15 +429,29 @@ class Peer:
             self.world.send(self, source.peer_id, "answer", {"accept": False, "attempt": promised})
             return
         self.store_promise()
-        self.count_idle_proposal()
-        self.proposal, self.voting = (author, proposal), None
+        self.take_proposal(author, proposal)
+        self.voting = None
         self.attempt = max(self.attempt, proposal.attempt)
         self.world.send(self, source.peer_id, "answer", {**answer.to_json(), "proposal": proposal.hash})
 
-    def count_idle_proposal(self) -> None:
+    def take_proposal(self, newer_author: str, newer: Proposal) -> None:
         author, proposal = self.proposal or ("", None)
-        if proposal is not None and author != self.peer_id and proposal.hash != self.last_begun:
-            self.leaders.cost_an_attempt(author, self.world.time, LEADER_SECONDS, LEASE)
+        is_counted = proposal is not None and proposal.hash not in (self.last_begun, self.charged)
+        if proposal is not None and is_counted and "rollback" not in (proposal.purpose, newer.purpose):
+            had_time = self.world.time >= self.accepted_at + LEADER_SECONDS
+            costly = author if had_time or author == newer_author else newer_author
+            self.count_costly(costly, LEADER_SECONDS, LEASE)
+        self.proposal, self.accepted_at = (newer_author, newer), self.world.time
+
+    def count_replaced(self, author: str, proposal: Proposal) -> None:
+        if proposal.purpose == "fuse" and proposal.hash != self.charged:
+            self.charged = proposal.hash
+            pause = LEADER_SECONDS + 2 * self.exchange_seconds
+            self.count_costly(author, pause, max(LEASE, SPEC.exchange_limit_seconds))
+
+    def count_costly(self, author: str, pause: float, limit: float) -> None:
+        if author != self.peer_id:
+            self.leaders.cost_an_attempt(author, self.world.time, pause, limit)
 
     def on_answer(self, source: Peer, body: Any) -> None:
         if not body["accept"]:
@@ -455,7 +472,7 @@ class Peer:
             return
         ballot = check_begin(body, author, proposal, self.chain, self.peer_id)
         if self.begun is not None:  # it was running
-            self.leaders.cost_an_attempt(author, self.world.time, LEADER_SECONDS, LEASE)
+            self.count_replaced(author, proposal)
         self.begun = ballot
         self.done_at = self.now + self.exchange_seconds
         self.last_begun, self.voting = proposal.hash, None
