@@ -404,6 +404,10 @@ class AuditService:
         if why:
             self._found_guilty(contradiction, why, round_)
 
+    def know(self, reducer: str) -> None:
+        """It was convicted before a restart: its accusations are not heard."""
+        self._guilty.add(reducer)
+
     async def audit(self, num_parts: int, rng: random.Random) -> None:
         """Compute `num_parts` parts of others again; whoever lied is published and convicted."""
         record = self._record

@@ -237,9 +237,6 @@ class Session:
             wants_rollback=lambda tip: self._wants_rollback() and tip == self._agreement.chain.tip,
             leaves_out=self._leaves_out,
         )
-        for known in kept_convictions(self._dir):  # from before a restart
-            self._agreement.ban(known.peer, f"it lied in round {known.round}: {known.why}")
-            self._lies.add((known.peer, known.round))
         self._gatekeeper = Gatekeeper(
             spec, self._network, self._agreement, self._reporter, self._data.task.kind
         )
@@ -253,6 +250,10 @@ class Session:
             chain=lambda: self._agreement.chain,
             slack=lambda peer, num_bytes: self._allreduce.slack_seconds(peer, num_bytes),
         )
+        for known in kept_convictions(self._dir, spec.digest):
+            # From before a restart. What it made is undone only if others show evidence: it is gone here.
+            self._agreement.ban(known.peer, f"it lied in round {known.round}: {known.why}")
+            self._audit.know(known.peer)
         serve_run(self._network, spec, self._dir / "base", self._find_state, self._audit.open_evidence)
         validator = BoardValidator(spec.digest, admission=self._admission)
         self._in_network(self._network.start_dht(validator), seconds=60.0)
@@ -676,8 +677,8 @@ class Session:
             f"peer {reducer[-8:]} is excluded from the run: it lied in round {round_}: {why}"
         )
         self._agreement.ban(reducer, why)
-        conviction = Conviction(reducer, round_, why)
-        append_json_line(self._dir / CONVICTIONS_NAME, asdict(conviction))
+        conviction = Conviction(run=self.spec.digest, peer=reducer, round=round_, why=why)
+        append_json_line(self._dir / CONVICTIONS_NAME, conviction.model_dump())
         self._lies = self._lies | {(reducer, round_)}  # the other thread looks through the old one
 
     def _wants_rollback(self) -> bool:

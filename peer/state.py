@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -479,17 +480,19 @@ def kept_addresses(directory: Path) -> tuple[str, ...]:
     return tuple(address for address in addresses if isinstance(address, str))[:MAX_KNOWN_ADDRESSES]
 
 
-@dataclass(frozen=True)
-class Conviction:
+class Conviction(BaseModel):
     """One line of `excluded.jsonl`: an audit has proven that a reducer lied in a round."""
 
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    run: str  # its digest
     peer: str
     round: int
     why: str
 
 
-def kept_convictions(directory: Path) -> tuple[Conviction, ...]:
-    """The newest ones that this peer knew of before; what is no conviction is passed over."""
+def kept_convictions(directory: Path, run: str) -> tuple[Conviction, ...]:
+    """Those of `run` that this peer knew of before, the newest ones; what is no conviction is passed over."""
     try:
         lines = (directory / CONVICTIONS_NAME).read_bytes().splitlines()
     except OSError:
@@ -497,11 +500,10 @@ def kept_convictions(directory: Path) -> tuple[Conviction, ...]:
     found = []
     for line in lines[-MAX_KEPT_CONVICTIONS:]:
         try:
-            entry = json.loads(line)
-            found.append(Conviction(str(entry["peer"]), int(entry["round"]), str(entry["why"])))
-        except (ValueError, KeyError, TypeError):
+            found.append(Conviction.model_validate_json(line))
+        except ValidationError:
             logger.info("%s: a line is no conviction", CONVICTIONS_NAME)
-    return tuple(found)
+    return tuple(conviction for conviction in found if conviction.run == run)
 
 
 def _checkpoint_paths(directory: Path) -> list[Path]:

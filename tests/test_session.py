@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from coordinator.admission import OWN_SECONDS
 from coordinator.agreement import Agreement
 from coordinator.errors import AccessError, NetworkError, StateError
 from coordinator.network import Network
+from coordinator.spec import RunSpec
 from peer import session as session_module
 from peer.data import load_task_data
 from peer.display import ProgressBar, Reporter
@@ -29,7 +30,7 @@ from peer.manners import Manners
 from peer.session import Session
 from peer.state import CheckpointStore, Conviction, kept_convictions
 from peer.stopping import StopSwitch
-from tests.fakes import peer
+from tests.fakes import hash_of, peer
 from tests.test_private_swarm import private_run
 
 OWN_SCORE = 2.0  # above what any base has
@@ -65,9 +66,14 @@ def _others_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Learner, "evaluate_own", better_than_the_base)
 
 
-def run_until(directory: Path, on_waiting: Callable[[Session], None]) -> tuple[Session, str]:
+def run_until(
+    directory: Path,
+    on_waiting: Callable[[Session], None],
+    before: Callable[[RunSpec], None] = lambda _: None,
+) -> tuple[Session, str]:
     """A real session, and why it ended; `on_waiting` is called once it waits for the others."""
     config, spec, state = private_run(directory)
+    before(spec)
     with StopSwitch(100.0).listening() as stop, CheckpointStore(config.output_dir) as store:
         reporter = WaitingReporter(lambda: on_waiting(session))
         session = Session(config, load_task_data(config.data), store, reporter, stop, Manners())
@@ -133,14 +139,20 @@ def test_a_model_that_cannot_be_kept_hides_nothing(
 
 @pytest.mark.usefixtures("_others_never_come")
 def test_who_was_convicted_before_a_restart_stays_out(tmp_path: Path) -> None:
-    output = tmp_path / "mine"
-    output.mkdir()
-    conviction = Conviction(peer("liar"), 3, "two statements do not go together")
-    torn = '{"peer": "torn'
-    (output / "excluded.jsonl").write_text(f"{json.dumps(asdict(conviction))}\n[]\n{torn}")
-    session, why = run_until(tmp_path, told_to_stop)
+    file = tmp_path / "mine" / "excluded.jsonl"
+
+    def remember(spec: RunSpec) -> None:
+        liar = Conviction(
+            run=spec.digest, peer=peer("liar"), round=3, why="two statements do not go together"
+        )
+        of_another_run = liar.model_copy(update={"run": hash_of("another run"), "peer": peer("b")})
+        lines = [liar.model_dump_json(), of_another_run.model_dump_json(), "[]", '{"round": 1e999}']
+        file.write_text("\n".join([*lines, '{"peer": "torn']))
+
+    session, why = run_until(tmp_path, told_to_stop, remember)
     assert why == "terminated"
     assert session._agreement.membership.banned == {peer("liar")}
-    assert session._lies == {(peer("liar"), 3)}
-    assert kept_convictions(output) == (conviction,)
-    assert torn not in (output / "excluded.jsonl").read_text()  # else the next line would be lost with it
+    assert peer("liar") in session._audit._guilty
+    assert not session._wants_rollback()  # nobody could be shown why
+    assert [known.peer for known in kept_convictions(file.parent, session.spec.digest)] == [peer("liar")]
+    assert "torn" not in file.read_text()  # else the next line would be lost with it
