@@ -65,7 +65,8 @@ class Sample:
     error: float  # largest, against float64, relative to the largest value
     digest: str
     # Mean over the peers of what went over the loopback device meanwhile, with headers and acknowledgements;
-    # any other traffic of the machine is in it. 0 where the system does not tell.
+    # any other traffic of the machine is in it, such as the DHT of the swarm that is not measured. 0 where
+    # the system does not tell.
     bytes_on_wire: float = 0.0
 
 

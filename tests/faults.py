@@ -272,6 +272,13 @@ def _wrap_allreduce(injector: Injector) -> None:
         at = {"first-result": 0, "last-result": len(self._parts) - 1}
         if at.get(injector.step) == index:
             await injector.reach(injector.step)
+            if injector.lies("nan-result"):
+                values = np.full(len(self._results[index]) // 4, np.nan, dtype="<f4")
+                await stream.send(allreduce._RESULT, values.tobytes())
+                return
+            if injector.lies("short-result"):
+                await stream.send(allreduce._RESULT, memoryview(self._results[index])[:-4])
+                return
         await send_result(self, stream, index)
 
     def reduce_part_and_lie(self: Any, part: int) -> Any:
@@ -282,10 +289,6 @@ def _wrap_allreduce(injector: Injector) -> None:
         if injector.is_lying("withheld-manifest"):
             values = np.frombuffer(data, dtype="<f4") * np.float32(ENLARGED)
             return memoryview(flat_bytes(torch.from_numpy(values)))
-        if injector.lies("nan-result"):
-            return memoryview(np.full(len(data) // 4, np.nan, dtype="<f4").tobytes())
-        if injector.lies("short-result"):
-            return memoryview(data)[:-4]
         return data
 
     async def converse_elsewhere(self: Any, member: str) -> None:
@@ -371,17 +374,17 @@ def _wrap_network(injector: Injector) -> None:
             async for chunk in handler(peer_id, body):
                 if method == "blob" and str(body.get("key", "")).startswith("state/"):
                     await injector.reach("download")
-                    if injector.is_lying("truncated-state"):
+                    if injector.lies("truncated-state"):
                         yield chunk[: len(chunk) // 2]
                         return
-                    if injector.is_lying("corrupt") and injector.step == "download":
+                    if injector.step == "download" and injector.lies("corrupt"):
                         chunk = bytes(len(chunk))
                 yield chunk
 
         on_stream(self, method, handle)
 
     async def call_and_lie(self: Network, peer_id: str, method: str, body: Any, **options: Any) -> bytes:
-        if method == "heartbeat" and injector.is_lying("forged-record"):
+        if method == "heartbeat" and injector.lies("forged-record"):
             body = _forged(body)
         return await call(self, peer_id, method, body, **options)
 

@@ -420,22 +420,28 @@ def test_one_lie_is_found_within_the_rounds_that_the_sample_predicts(
     caught = 1 - math.prod(misses)  # in a round
     assert 0.1 < caught < 0.5
     limit = math.ceil(math.log(1e-9) / math.log(1 - caught))
-    waited = []
+    candidates = {
+        index: [(m, p) for m in sorted(owned) if m != group.members[index] for p in owned[m]]
+        for index in honest
+    }
     for trial in range(6):
         for round_ in range(1, limit + 1):
             audits.keep(results, outgoing, ("mean", "none"))
+            drawn = []
             for index in honest:
-                audit = audits.services[index].audit(1, random.Random(f"{trial} {round_} {index}"))
+                seed = f"{trial} {round_} {index}"
+                drawn += random.Random(seed).sample(candidates[index], 1)
+                audit = audits.services[index].audit(1, random.Random(seed))
                 audits.swarm.networks[index].run(audit, timeout_seconds=CALL_SECONDS)
-            if any(audits.convicted):
+                assert audits.services[index].traffic.num_parts <= 1
+            is_drawn = (liar, owned[liar].start + 1) in drawn
+            assert any(audits.convicted) == is_drawn  # when one of three draws that part, and not before
+            if is_drawn:
                 break
         else:
             pytest.fail(f"not found in {limit} rounds")
-        waited.append(round_)
         audits.settle()
         audits.forget()
-    spread = math.sqrt(1 - caught) / caught / math.sqrt(len(waited))
-    assert abs(sum(waited) / len(waited) - 1 / caught) < 5 * spread
 
 
 def test_evidence_convinces_one_who_kept_nothing(audits: Audits, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_two_peers_and_two_codecs(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(row["is_identical"] for row in rows.values())
     assert rows["fp32"]["error"] < 1e-6 < rows["int8"]["error"] < 0.02
     assert 0.25 < rows["int8"]["sent_mb"] / rows["fp32"]["sent_mb"] < 0.35
-    for row in rows.values():  # headers come on top, and what else this machine says to itself
-        assert row["wire_mb"] == 0 or row["wire_mb"] > 0.95 * row["sent_mb"]
+    if sys.platform == "linux":  # headers come on top, and what else this machine says to itself
+        assert all(row["wire_mb"] > 0.95 * row["sent_mb"] for row in rows.values())
     assert (tmp_path / "fusion.png").stat().st_size > 1000
     assert "CPU-s/peer" in capsys.readouterr().out

@@ -60,16 +60,27 @@ def test_repetitions_are_told_by_their_median_and_their_longest() -> None:
     cell = Cell("kill", "commit")
     runs = [Outcome(cell, (), "3 peers", (seconds,), error) for seconds, error in ((2.0, 1e-7), (1.0, 3e-7))]
     bad = Outcome(cell, ("round 2 has 2 states",), "slow", (9.0,), 2e-7)
-    both = _together([*runs, bad])
-    assert both == Outcome(cell, ("round 2 has 2 states",), "slow", (2.0, 1.0, 9.0), 3e-7)
-    assert _told_seconds(both, clean=0.5) == "1.5 (to 8.5)"
-    assert _told_seconds(runs[0], clean=0.5) == "1.5"
+    never_ended = Outcome(cell, ("did not end",), "", (), 0.0)
+    all_ = _together([*runs, bad, never_ended])
+    assert all_ == Outcome(cell, ("round 2 has 2 states", "did not end"), "slow", (2.0, 1.0, 9.0), 3e-7)
+    clean = Outcome(cell.clean, (), "4 peers", (0.5,), 6e-8)
+    assert _told_seconds(all_, clean) == "1.5 (to 8.5)"
+    assert _told_seconds(runs[0], clean) == "1.5"
+    assert (
+        _told_seconds(runs[0], None)
+        == _told_seconds(never_ended, clean)
+        == _told_seconds(clean, clean)
+        == "-"
+    )
 
 
-def test_the_clean_cell_runs_once() -> None:
+def test_clean_cells_run_once_and_are_of_the_same_run() -> None:
     clean, kill = Cell("none", "ready"), Cell("kill", "commit")
-    assert _selected(["kill"], ["commit"], has_clean=False) == [clean, kill]
-    assert _selected(["kill"], ["commit"], has_clean=True) == [kill]
-    assert _selected(["none"], None, has_clean=True)[0] == clean
-    assert _selected(None, None, has_clean=True) == list(CELLS)
+    assert _selected(["kill"], ["commit"]) == [clean, kill]
+    assert _selected(["kill"], ["commit"], [clean]) == [kill]
+    of_int8 = [cell for cell in _selected(["kill"], ["first-result"]) if cell.compression == "int8"]
+    assert of_int8 == [Cell("none", "ready", "int8"), Cell("kill", "first-result", "int8")]
+    assert _selected(["freeze"], ["download"]) == [Cell("none", "download"), Cell("freeze", "download")]
+    assert _selected(None, None) == list(CELLS)
+    assert {cell.clean for cell in CELLS} <= set(CELLS)
     assert len({cell.file_name for cell in CELLS}) == len(CELLS)
