@@ -172,12 +172,19 @@ def _own(lab: Lab) -> Finding:
 
 def _better(lab: Lab) -> Finding:
     profile = lab.profile
-    runs = gains(lab, variant_models(profile), "validation")
+    variants = variant_models(profile)
     states = {"last state": "fold0", **{label: mix.name for label, mix in mixes(profile).items()}}
     test = {"as is": "fold0", "best variant": winner(profile), "best of the kept states": "chosen:mix"}
     return {
-        "variants": runs,
+        "is_shorter": profile.variant_rounds < profile.rounds,
+        "variants": gains(lab, variants, "validation"),
         "states": gains(lab, states, "validation"),
         "test": gains(lab, test),
-        "chosen": {name: lab.chosen(name) for name in ("variant", "mix")},
+        "chosen": {"variant": _label(lab, "variant", variants), "mix": _label(lab, "mix", states)},
     }
+
+
+def _label(lab: Lab, choice: str, models: Mapping[str, str]) -> str | None:
+    """What the tables call the model that was chosen."""
+    chosen = lab.chosen(choice)
+    return next((label for label, model in models.items() if model == chosen), chosen)

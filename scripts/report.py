@@ -297,7 +297,7 @@ def _own_table(finding: Finding) -> list[str]:
 def _better_table(finding: Finding) -> list[str]:
     chosen = finding["chosen"]
     return [
-        "Variants of fold 0's run, each with one thing changed, shorter; validation rows:",
+        f"Variants of fold 0's run{', shorter' if finding.get('is_shorter', True) else ''}; validation rows:",
         "",
         *_gains_table(finding["variants"]),
         "",
@@ -306,7 +306,7 @@ def _better_table(finding: Finding) -> list[str]:
         *_gains_table(finding["states"]),
         "",
         f"Chosen on validation rows: {chosen['variant'] or NOT_RUN}; {chosen['mix'] or NOT_RUN}.",
-        "Then at full length on test rows:",
+        "At full length, on test rows:",
         "",
         *_gains_table(finding["test"]),
     ]
