@@ -10,7 +10,7 @@ figure as JSON. Experiments 1 to 7 are claims; 8 looks for what makes it better.
 
     --list              what is done, what is to do, and about how long it takes
     --only 1 2          these experiments
-    --max-minutes 110   stop after the piece that is in work by then
+    --max-minutes 110   stop after the piece that is in work by then; 0: the tables of what is done
     --profile smoke     all of it, tiny
     --redraw            README.md and plots once more, from the JSON in OUT
 """
@@ -199,6 +199,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return there
 
 
+def _minutes(text: str) -> float:
+    return 0.0 if text == "0" else positive(text)
+
+
 def _require_matplotlib() -> None:
     try:
         import matplotlib as mpl  # noqa: F401
@@ -283,7 +287,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--redraw", action="store_true", help="README.md and plots once more, from the JSON in OUT"
     )
-    parser.add_argument("--max-minutes", type=positive, metavar="N", help="begin no piece after so long")
+    parser.add_argument(
+        "--max-minutes", type=_minutes, metavar="N", help="begin no piece after so long; 0: tables alone"
+    )
     parser.add_argument("--profile", default="night", metavar="NAME", help="of the config (default: night)")
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="default: reproduce.toml")
     parser.add_argument("--model", metavar="MODEL", help="a directory or a hub id, instead of the profile's")

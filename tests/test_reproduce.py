@@ -325,7 +325,7 @@ def test_pieces_are_done_once_and_told(
     data_dir: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = tmp_path / "out" / "work" / "times.jsonl"
-    assert reproduce(data_dir, model_dir, tmp_path / "out", "--only", "6", "--max-minutes", "1e-9") == 0
+    assert reproduce(data_dir, model_dir, tmp_path / "out", "--only", "6", "--max-minutes", "0") == 0
     assert "The time is up" in capsys.readouterr().out
     assert not times.exists()
     assert reproduce(data_dir, model_dir, tmp_path / "out", "--only", "6") == 0
