@@ -91,9 +91,6 @@ def readme(findings: Mapping[int, Finding], made: Provenance, has_plot: Mapping[
         "",
         *([made.note, ""] if made.note else []),
         *_provenance(made),
-        "",
-        "## At a glance",
-        "",
         *_glance(findings),
     ]
     for number, finding in findings.items():
@@ -168,7 +165,7 @@ def _glance(findings: Mapping[int, Finding]) -> list[str]:
                 NOT_RUN if share is None else f"{100 * share:.0f} %",
             )
         )
-    return _table(("to reach", "found"), rows)
+    return ["", "## At a glance", "", *_table(("to reach", "found"), rows)] if rows else []
 
 
 def _glance_trained(finding: Finding) -> str:

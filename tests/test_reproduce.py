@@ -465,6 +465,7 @@ def test_a_profile_may_be_for_some_experiments(tmp_path: Path) -> None:
     assert "| share of peers made worse, against being alone with the same steps | 50 % |" in text
     assert "+6 points" not in text
     assert "Look elsewhere, too." in text
+    assert "At a glance" not in readme({8: hand_made()[8]}, PROVENANCE, {})  # it has nothing to reach
     broken = CONFIG.read_text().replace("experiments = [2, 3, 4, 5, 6, 7]", "experiments = [9]")
     (tmp_path / "c.toml").write_text(broken)
     with pytest.raises(UsageError, match="no experiment 9"):
