@@ -112,7 +112,11 @@ def _unseen(lab: Lab) -> Finding:
 def _scored_pairs(lab: Lab, folds: Mapping[str, Sequence[str]], method: Method) -> list[Pair]:
     """Those of the folds that are scored to the end; all where none is."""
     pairs = {fold: [(fold, name) for name in names] for fold, names in folds.items()}
-    scored = [fold for fold, of_fold in pairs.items() if comparison(lab, of_fold, method)]
+    scored = [
+        fold
+        for fold, of_fold in pairs.items()
+        if all(lab.answers("test", m, name, method) for _, name in of_fold for m in (fold, PRETRAINED))
+    ]
     return [pair for fold in scored or pairs for pair in pairs[fold]]
 
 

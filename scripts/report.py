@@ -142,15 +142,14 @@ def _glance(findings: Mapping[int, Finding]) -> list[str]:
             ("more trained tasks better than worse at every seed", _glance_wins(findings[1])),
         ]
     if 2 in findings:
-        unseen = findings[2]["methods"]
-        few = "at least +3 with few examples on unseen tasks, interval above 0"
-        probe = "unseen tasks head-only not below the base"
+        unseen, total = findings[2]["methods"], findings[2]["num_datasets"]
+        goals = {
+            "few_shot": "at least +3 with few examples on unseen tasks, interval above 0",
+            "probe": "unseen tasks head-only not below the base",
+        }
         rows += [
-            (_of_total(few, unseen["few_shot"], findings[2]["num_datasets"]), _points(unseen["few_shot"])),
-            (
-                _of_total(probe, unseen["probe"], findings[2]["num_datasets"]),
-                _points(unseen["probe"]),
-            ),
+            (_of_total(goal, unseen[method], total), _points(unseen[method]))
+            for method, goal in goals.items()
         ]
     if 4 in findings:
         rows += [

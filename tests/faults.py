@@ -104,8 +104,11 @@ class Injector:
         """As `is_lying`; and it is noted that the lie was told."""
         if not self.is_lying(kind):
             return False
-        (self.dump / "failed").write_text(f"{kind} round {self.round}\n")
+        self._note(kind)
         return True
+
+    def _note(self, what: str) -> None:
+        (self.dump / "failed").write_text(f"{what} round {self.round}\n")
 
     def is_at(self, part: int, parts: range) -> bool:
         """Whether this part of a slice is the one of the step."""
@@ -117,7 +120,7 @@ class Injector:
             return
         if self.kind in ("kill", "freeze", "freeze-2", "delay"):
             self.has_failed = True
-            (self.dump / "failed").write_text(f"{self.kind} {step} round {self.round}\n")
+            self._note(f"{self.kind} {step}")
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.kind == "delay":
