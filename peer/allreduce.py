@@ -150,7 +150,7 @@ class AllReduceService:
 
     def __init__(self, network: Network, identity: Identity, run_digest: str) -> None:
         self.network, self.identity, self.run_digest = network, identity, run_digest
-        self.name = f"cold-fusion-2/{run_digest[:16]}/allreduce"
+        self.name = f"cold-fusion-3/{run_digest[:16]}/allreduce"
         self._exchanges: dict[bytes, _Exchange] = {}
         self._ended: deque[bytes] = deque(maxlen=64)  # groups that are over: who comes late is told at once
         self._changed = asyncio.Event()  # set, and replaced, whenever a group begins
@@ -962,7 +962,12 @@ class _Reducer:
     def __init__(self, exchange: _Exchange, parts: range, residuals: Mapping[int, torch.Tensor]) -> None:
         self._exchange, self._parts = exchange, parts
         self._grid, self._codec, self._rules = exchange.grid, exchange.codec, exchange.rules
-        self._residuals = dict(residuals)
+        # A checkpoint of a version with another grid has others; to begin without is always allowed.
+        self._residuals = {
+            part: residual
+            for part, residual in residuals.items()
+            if part in parts and residual.numel() == self._grid.size(part)
+        }
         self.new_residuals: dict[int, torch.Tensor] = {}
         self._senders = [_Sender(member, parts.start) for member in exchange.group.members]
         self._inbox: dict[int, dict[int, bytes | bytearray | memoryview | torch.Tensor]] = {

@@ -1,7 +1,8 @@
 """How does one part of a delta become bytes, and bytes a part again?
 
 A codec is a fixed layout: the number of values decides the number of bytes. All numbers are little-endian.
-n is the number of values, B = ceil(n / 64) the number of blocks, k = ceil(n / 16).
+n is the number of values, B = ceil(n / 64) the number of blocks, k = ceil(n / 16), c = ceil(n / 65,536), or 0
+where that is 1.
 
 | codec | bytes | layout |
 |---|---|---|
@@ -10,7 +11,7 @@ n is the number of values, B = ceil(n / 64) the number of blocks, k = ceil(n / 1
 | bf16 | 2n | n bfloat16; beyond 3.39e38 a value saturates |
 | int8 | 66B | B scales (bfloat16), then 64B codes (int8) |
 | int4 | 34B | B scales (bfloat16), then 32B bytes: byte j is code j (low half) and code j + 32B (high half) |
-| topk | 4 + 4k, or 4 + 6k | a unit (float32), k indices (uint16; uint32 if n > 65,536), k float16 |
+| topk | 4 + 4c + 4k | a unit (float32), c counts (uint32), k indices (uint16), k float16 |
 
 int8 and int4: code i belongs to block i // 64, the value is code x scale. The scale is the largest
 magnitude of the block over 127 (or 7), rounded up to bfloat16, so no value is cut, and at least 2**-126, so
@@ -18,8 +19,9 @@ a block of zeros is nothing special. It is not float16: a delta of 1e-5 has scal
 has one digit left. Codes beyond n are padding.
 
 topk: the k values of largest magnitude, of equal ones those with the smaller index; indices ascend
-strictly. The value is float16 x unit; the unit is a power of two that puts the largest near 2**15, so tiny
-deltas keep their eleven bits.
+strictly. Of an index the lower 16 bits are sent; where there are counts, they say how many lie in each
+run of 65,536 values. The value is float16 x unit; the unit is a power of two that
+puts the largest near 2**15, so tiny deltas keep their eleven bits.
 
 Deterministic across machines, in both directions: integer operations, IEEE conversions, and single float32
 operations, element by element; a maximum does not depend on the order. So whoever computes a reducer's
@@ -47,7 +49,8 @@ _Array = np.ndarray[Any, Any]
 
 BLOCK_VALUES = 64  # share a scale: 2 bytes per 64 values are 3% of int8 and 6% of int4
 CHUNK_VALUES = 24 * 1024  # below torch's grain of 32,768: for more it starts threads that finetuning needs
-MAX_SCRATCH_VALUES = 128 * 1024  # that a thread keeps: 512 KB, more than a part of any model up to 268M
+MAX_SCRATCH_VALUES = 128 * 1024  # that a thread keeps: 512 KB, as much as a part of any model up to 537M
+_INDEX_RUN = 1 << 16  # what the indices of topk count up to
 TOPK_ONE_IN = 16  # the share of a part's values that is sent
 _MIN_SCALE = 0x0080  # bfloat16 bits of 2**-126: its reciprocal is finite
 _MAX_SCALE = 0x7B80  # bfloat16 bits of 2**120: times a code of 8 bits it is finite
@@ -252,7 +255,7 @@ class TopK:
     is_lossy: bool = True
 
     def size_bytes(self, num_values: int) -> int:
-        return 4 + _num_kept(num_values) * (2 + _index_type(num_values).itemsize)
+        return 4 + 4 * _num_runs(num_values) + 4 * _num_kept(num_values)
 
     def encode(self, values: torch.Tensor) -> memoryview:
         source = _array(values)
@@ -261,10 +264,9 @@ class TopK:
         indices = _largest_indices(np.abs(source), num_kept)
         kept = np.clip(source[indices], -_TOPK_LARGEST, _TOPK_LARGEST)
         unit = _power_of_two_unit(float(np.abs(kept).max()))
-        index_stop = 4 + num_kept * _index_type(len(source)).itemsize
         data[:4].view("<f4")[0] = unit
-        data[4:index_stop].view(_index_type(len(source)))[:] = indices
-        data[index_stop:].view("<f2")[:] = kept * np.float32(1.0 / unit)
+        _write_indices(indices, data[4:], len(source))
+        data[-2 * num_kept :].view("<f2")[:] = kept * np.float32(1.0 / unit)
         return _view(data)
 
     def encode_and_decode(self, values: torch.Tensor) -> tuple[memoryview, torch.Tensor]:
@@ -272,13 +274,12 @@ class TopK:
 
     def decode(self, data: Data, num_values: int, out: torch.Tensor | None = None) -> torch.Tensor:
         source = _read(data, np.uint8, self.size_bytes(num_values))
-        index_stop = 4 + _num_kept(num_values) * _index_type(num_values).itemsize
         unit = source[:4].view("<f4")[0]
-        indices = source[4:index_stop].view(_index_type(num_values))
+        indices = _read_indices(source[4:], num_values)
         if not (indices[1:] > indices[:-1]).all() or (indices[-1:] >= num_values).any():
             raise ValueError("the indices of the part do not ascend, or one is beyond its end")
         with np.errstate(all="ignore"):  # what is wrong is found by the next line
-            values = source[index_stop:].view("<f2").astype(np.float32) * unit
+            values = source[-2 * len(indices) :].view("<f2").astype(np.float32) * unit
         _refuse_non_finite(values)
         out = _room(num_values, out)
         out.numpy().fill(0.0)
@@ -314,8 +315,29 @@ def _num_kept(num_values: int) -> int:
     return -(-num_values // TOPK_ONE_IN)
 
 
-def _index_type(num_values: int) -> np.dtype[Any]:
-    return np.dtype("<u2" if num_values <= 1 << 16 else "<u4")
+def _num_runs(num_values: int) -> int:
+    """Of values whose indices share what is above 16 bits; 0 where there is one alone."""
+    return -(-num_values // _INDEX_RUN) if num_values > _INDEX_RUN else 0
+
+
+def _write_indices(indices: _Array, data: _Array, num_values: int) -> None:
+    counts_stop = 4 * _num_runs(num_values)
+    if counts_stop:
+        counts = np.bincount(indices // _INDEX_RUN, minlength=_num_runs(num_values))
+        data[:counts_stop].view("<u4")[:] = counts
+    data[counts_stop : counts_stop + 2 * len(indices)].view("<u2")[:] = indices % _INDEX_RUN
+
+
+def _read_indices(data: _Array, num_values: int) -> _Array:
+    """(k,), of any order. Raises ValueError for counts that are not of k indices."""
+    num_kept, num_runs = _num_kept(num_values), _num_runs(num_values)
+    low = data[4 * num_runs : 4 * num_runs + 2 * num_kept].view("<u2")
+    if not num_runs:
+        return low
+    counts = data[: 4 * num_runs].view("<u4")
+    if sum(counts.tolist()) != num_kept:
+        raise ValueError("the counts of the part are not those of its indices")
+    return low + np.repeat(np.arange(num_runs, dtype=np.int64) * _INDEX_RUN, counts)
 
 
 def _copy_in_chunks(source: torch.Tensor, target: torch.Tensor) -> None:

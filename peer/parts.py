@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-PART_VALUES = 65_536  # 256 KB of float32: measured best on p2pd streams are 64 to 256 KB
+PART_VALUES = 131_072  # 512 KB of float32; of half of that a third more of an exchange is Python
 SMALLEST_PART_VALUES = 1024  # so that a tiny model, too, has parts for several reducers
 MAX_PARTS = 4096  # a manifest names a hash for each: 256 KB
 
@@ -27,7 +27,7 @@ class PartGrid:
 
     @cached_property  # asked for several times per part
     def part_values(self) -> int:
-        """A multiple of 1024: about 64 parts for a small model, parts of 65,536 values for a large one."""
+        """A multiple of 1024: about 64 parts for a small model, parts of 131,072 values for a large one."""
         wanted = max(min(PART_VALUES, self.num_values // 64), -(-self.num_values // MAX_PARTS))
         return max(1, -(-wanted // SMALLEST_PART_VALUES)) * SMALLEST_PART_VALUES
 

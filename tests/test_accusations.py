@@ -15,6 +15,7 @@ from peer.accusations import (
     Published,
     RunRules,
 )
+from peer.parts import PART_VALUES
 from tests.fakes import hash_of, make_spec, peer
 
 
@@ -116,4 +117,4 @@ def test_how_large_evidence_may_be_follows_from_the_spec() -> None:
     minilm = RunRules.of(make_spec(num_parameters=22_713_216, max_peers=64)).max_evidence_bytes
     huge = RunRules.of(make_spec(num_parameters=400_000_000, max_peers=1024)).max_evidence_bytes
     assert 8 * 2**20 < small < 9 * 2**20
-    assert 64 * 65_536 * 4 + small < minilm < huge == MAX_EVIDENCE_BYTES
+    assert 64 * PART_VALUES * 4 + small < minilm < huge == MAX_EVIDENCE_BYTES

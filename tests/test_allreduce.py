@@ -1025,6 +1025,17 @@ def test_feedback_of_much_larger_deltas_makes_nobody_a_liar(swarm: Swarm, codec:
     assert all((large[part] == 50.0).all() for part in large)  # the attempt may come to nothing
 
 
+def test_feedback_of_parts_of_another_size_is_dropped(swarm: Swarm) -> None:
+    """From a checkpoint of a version that cut the vector elsewhere."""
+    group, outgoing = swarm.group(), swarm.prepare(deltas(), "int8")
+    smaller = {part: torch.full((GRID.size(part) // 2,), 1e-3) for part in range(GRID.num_parts)}
+    results = swarm.reduce(group, outgoing, residuals=[smaller] * NUM_PEERS)
+    assert_same(results)
+    members = [Member(peer, 1.0, own) for peer, own in zip(group.members, outgoing, strict=True)]
+    alone = fuse(members, aggregation="mean").delta(GRID, CODECS["int8"])
+    assert results[0].flat.numpy().tobytes() == alone.numpy().tobytes()
+
+
 def statement_of(result: Reduced, peer_id: str) -> Statement:
     return open_signed(result.statements[peer_id], Statement, max_bytes=MAX_SIGNED_BYTES)[1]
 

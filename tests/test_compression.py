@@ -50,7 +50,7 @@ def test_names_and_sizes() -> None:
         "bf16": [2, 128, 130, 131_072, 131_074],
         "int8": [66, 66, 132, 67_584, 67_650],
         "int4": [34, 34, 68, 34_816, 34_850],
-        "topk": [8, 20, 24, 16_388, 24_586],
+        "topk": [8, 20, 24, 16_388, 16_400],
     }
 
 
@@ -342,6 +342,30 @@ def test_data_that_no_encoder_makes_is_refused_and_writes_nothing(name: str, dat
 def test_topk_refuses_indices_that_do_not_ascend(indices: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="indices"):
         CODECS["topk"].decode(struct.pack("<f2H2e", 1.0, *indices, 1.0, 1.0), 32)
+
+
+@pytest.mark.parametrize("counts", [(4096, 0), (4098, 0), (0, 0), (2**32 - 1, 4098)])
+def test_topk_refuses_counts_of_other_indices(counts: tuple[int, int]) -> None:
+    """4097 of 65,537 values are kept; here the first 4097 of the first run."""
+    low = np.arange(4097, dtype="<u2").tobytes()
+    values = np.ones(4097, "<f2").tobytes()
+
+    def part(first: int, second: int) -> bytes:
+        return struct.pack("<f2I", 1.0, first, second) + low + values
+
+    assert CODECS["topk"].decode(part(4097, 0), 65_537).sum() == 4097
+    with pytest.raises(ValueError, match="counts"):
+        CODECS["topk"].decode(part(*counts), 65_537)
+
+
+def test_topk_beyond_a_run_of_indices() -> None:
+    """The largest 12,289 of 196,609 values: all of the second run's last ones, and two of the other runs."""
+    values = torch.zeros(3 * 65_536 + 1)
+    values[2 * 65_536 - 12_287 : 2 * 65_536] = torch.arange(2.0, 12_289.0)
+    values[0], values[-1] = 3e4, -3e4
+    decoded = through("topk", values)
+    assert torch.equal(decoded.nonzero(), values.nonzero())
+    assert torch.allclose(decoded, values, rtol=2.0**-11, atol=0.0)
 
 
 @given(st.data(), st.sampled_from(ALL), st.sampled_from([1, 5, 64, 70, 129]))

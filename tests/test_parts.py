@@ -16,9 +16,9 @@ def test_a_small_model_has_parts_of_1024_values() -> None:
     assert grid.size(9) == 784
 
 
-def test_minilm_has_parts_of_a_quarter_of_a_megabyte() -> None:
+def test_minilm_has_parts_of_half_a_megabyte() -> None:
     grid = PartGrid(22_713_216)
-    assert (grid.part_values, grid.num_parts) == (PART_VALUES, 347)
+    assert (grid.part_values, grid.num_parts) == (PART_VALUES, 174)
 
 
 def test_a_billion_values_make_at_most_4096_parts() -> None:
