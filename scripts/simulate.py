@@ -10,6 +10,7 @@ and checkpoint.safetensors. Stopped, it goes on where it was: the same command g
     --straggler cola=0.5          cola has done half of its budget when a round closes
     --harm mnli=flipped           mnli sends minus what it learned (none, noise, flipped, x100, shuffled)
     --churn 0.2                   each contributor misses a fifth of the rounds
+    --drop 0.9, --trim 0.8        of each delta a tenth, by chance (DARE), or the largest fifth (TIES)
     --keep-every 5                models/round-0005/ and so on, besides the last
 """
 
@@ -59,6 +60,8 @@ class Plan:
     eval_examples: int = 128  # held out by a contributor; twice as many start the head
     split: int = 1  # contributors that share a data set
     churn: float = 0.0
+    drop: float = 0.0  # part of each delta that is dropped by chance, as DARE does
+    trim: float = 0.0  # part of each delta that is left out as small, as TIES does
     stragglers: Mapping[str, float] = field(default_factory=dict)  # speed by contributor
     harm: Mapping[str, Harm] = field(default_factory=dict)  # by contributor
     seed: int = 0
@@ -100,6 +103,8 @@ def simulate(
         eval_examples=plan.eval_examples,
         seed=plan.seed,
         churn=plan.churn,
+        drop=plan.drop,
+        trim=plan.trim,
     )
     checkpoint, lines = out / "checkpoint.safetensors", out / "rounds.jsonl"
     if checkpoint.exists():
@@ -251,6 +256,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--eval-examples", type=positive_int, default=128, metavar="N")
     parser.add_argument("--churn", type=float, default=0.0, metavar="P")
+    parser.add_argument("--drop", type=float, default=0.0, metavar="P", help="of each delta, by chance: DARE")
+    parser.add_argument("--trim", type=float, default=0.0, metavar="P", help="of each delta, the least: TIES")
     parser.add_argument("--straggler", nargs="+", type=_pairs(float), default=[], metavar="NAME=SPEED")
     parser.add_argument("--harm", nargs="+", type=_pairs(str), default=[], metavar="NAME=KIND")
     parser.add_argument("--keep-every", type=int, default=0, metavar="ROUNDS")
@@ -280,6 +287,8 @@ def _plan(flags: argparse.Namespace) -> Plan:
         eval_examples=flags.eval_examples,
         split=flags.split,
         churn=flags.churn,
+        drop=flags.drop,
+        trim=flags.trim,
         stragglers=dict(flags.straggler),
         harm=dict(flags.harm),
         seed=flags.seed,

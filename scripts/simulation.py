@@ -124,17 +124,23 @@ class SimulatedSwarm:
         eval_examples: int,
         seed: int,
         churn: float = 0.0,
+        drop: float = 0.0,
+        trim: float = 0.0,
         on_progress: Progress = lambda _: None,
     ) -> None:
-        """`churn`: the probability that a peer is away, drawn per tick. Raises UsageError, SpecError."""
+        """`churn`: the probability that a peer is away, drawn per tick. `drop`, `trim`: see `dropped`,
+        `trimmed`; what they take away is not sent later. Raises UsageError, SpecError.
+        """
         if first.state_hash != spec.backbone_hash:
             raise UsageError("the first state is not the one that the spec names")
         if len({c.name for c in contributors}) != len(contributors):
             raise UsageError("two contributors have the same name")
-        if not 0 <= churn < 1:
-            raise UsageError(f"churn must be from 0 up to 1, not {churn}")
+        for name, share in (("churn", churn), ("drop", drop), ("trim", trim)):
+            if not 0 <= share < 1:
+                raise UsageError(f"{name} must be from 0 up to 1, not {share}")
         self.spec, self.state, self.chain, self.tick = spec, first, Chain(spec), 0
         self._first, self._seed, self._churn = first, seed, churn
+        self._drop, self._trim = drop, trim
         self._peers: dict[str, _Peer] = {}  # by peer id
         backbone = first.manifest.layout.backbone
         for number, contributor in enumerate(contributors, start=1):
@@ -253,8 +259,8 @@ class SimulatedSwarm:
         delta = learner.export_backbone()
         learner.unload()
         delta -= self.state.backbone
-        draw = _uniform(self._seed, "noise", self.tick, contributor.name)
-        delta = _harmed(delta, contributor.harm, int(draw * 2**53))
+        draw = int(_uniform(self._seed, "noise", self.tick, contributor.name) * 2**53)
+        delta = _harmed(trimmed(dropped(delta, self._drop, draw), self._trim), contributor.harm, draw)
         if result.num_examples == 0 or not bool(torch.isfinite(delta).all()):
             return Work(contributor.name, base, result, float("nan"), 0.0), None
         peer.residual_before = peer.feedback.sent
@@ -395,6 +401,28 @@ class SimulatedSwarm:
             name = peer.contributor.name
             peer.learner.load_head_state(_below(tensors, f"head/{name}/"))
             peer.feedback = ErrorFeedback.of(tensors.get(f"sent/{name}"), _below(tensors, f"reduced/{name}/"))
+
+
+def dropped(delta: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """(n,) float32, in place: each value is 0 with probability `share`, else 1 / (1 - share) times itself.
+
+    DARE: Yu et al. 2024, "Language Models are Super Mario", section 3.2.
+    """
+    if share > 0:
+        kept = torch.rand(delta.numel(), generator=torch.Generator().manual_seed(seed)) >= share
+        delta.mul_(kept).div_(1 - share)
+    return delta
+
+
+def trimmed(delta: torch.Tensor, share: float) -> torch.Tensor:
+    """(n,) float32, in place: the `share` of smallest magnitude is set to 0, and all that is as small.
+
+    The first step of TIES: Yadav et al. 2023, section 4; `disjoint_mean` is the other two.
+    """
+    if share > 0 and delta.isfinite().all():
+        position = max(1, round(share * delta.numel()))
+        delta[delta.abs() <= delta.abs().kthvalue(position).values] = 0.0
+    return delta
 
 
 def _harmed(delta: torch.Tensor, harm: Harm, seed: int) -> torch.Tensor:

@@ -111,6 +111,8 @@ def test_a_run_that_was_stopped_goes_on(model_dir: Path, data_dir: Path, tmp_pat
         (["--harm", "a=loud"], 2, "--harm a=loud: choose one of none, noise"),
         (["--straggler", "a=2"], 2, "speed of a"),
         (["--churn", "1.5"], 2, "churn"),
+        (["--drop", "1"], 2, "drop must be from 0 up to 1, not 1.0"),
+        (["--trim", "-0.1"], 2, "trim must be from 0 up to 1, not -0.1"),
         (["--datasets", "a", "z"], 3, "z"),
         (["--min-peers", "9", "--max-peers", "3"], 2, "min_peers"),
         (

@@ -18,7 +18,15 @@ from peer.data import DataConfig, TaskData, load_task_data
 from peer.finetune import Budget, FinetuneConfig
 from peer.genesis import make_run
 from peer.learner import Learner
-from scripts.simulation import Contributor, Outcome, SimulatedSwarm, _harmed, _uniform
+from scripts.simulation import (
+    Contributor,
+    Outcome,
+    SimulatedSwarm,
+    _harmed,
+    _uniform,
+    dropped,
+    trimmed,
+)
 from tests.tiny_models import make_model_dir, make_texts
 
 CONFIG = FinetuneConfig(
@@ -49,6 +57,8 @@ def make_swarm(
     tasks: dict[str, TaskData],
     *,
     churn: float = 0.0,
+    drop: float = 0.0,
+    trim: float = 0.0,
     changes: dict[str, Any] | None = None,
     **options: Any,
 ) -> SimulatedSwarm:
@@ -58,7 +68,16 @@ def make_swarm(
     people = [Contributor(name, data, seed=i) for i, (name, data) in enumerate(tasks.items())]
     people = [replace(p, **(changes or {}).get(p.name, {})) for p in people]
     return SimulatedSwarm(
-        spec, tmp_path / "base", first, people, CONFIG, eval_examples=8, seed=7, churn=churn
+        spec,
+        tmp_path / "base",
+        first,
+        people,
+        CONFIG,
+        eval_examples=8,
+        seed=7,
+        churn=churn,
+        drop=drop,
+        trim=trim,
     )
 
 
@@ -200,6 +219,32 @@ def test_a_straggler_does_part_of_its_budget_and_weighs_less(
     assert examples == {"ann": 24, "bob": 6, "cat": 24, "dan": 24}
     weights = {c.num_examples: c.weight for c in swarm.chain.commits[0].commit.contributors}
     assert weights == {6: 0.25, 24: 1.0}
+
+
+def test_dare_keeps_the_mean_and_ties_the_largest() -> None:
+    drawn = dropped(torch.ones(100_000), 0.9, seed=3)
+    assert sorted(set(drawn.tolist())) == pytest.approx([0.0, 10.0])
+    assert float(drawn.mean()) == pytest.approx(1.0, abs=0.03)  # three times its standard error
+    assert torch.equal(drawn, dropped(torch.ones(100_000), 0.9, seed=3))
+    assert not torch.equal(drawn, dropped(torch.ones(100_000), 0.9, seed=4))
+    assert trimmed(torch.tensor([1.0, -4.0, 2.0, -3.0, 0.5]), 0.6).tolist() == [0.0, -4.0, 0.0, -3.0, 0.0]
+    for same in (dropped(torch.tensor([1.0, -2.0]), 0.0, seed=0), trimmed(torch.tensor([1.0, -2.0]), 0.0)):
+        assert same.tolist() == [1.0, -2.0]
+
+
+def test_what_is_dropped_or_trimmed_is_not_sent(
+    model_dir: Path, tmp_path: Path, tasks: dict[str, TaskData]
+) -> None:
+    """A tenth of the values, ten times as long: root of ten times the norm. The largest fifth is less."""
+    norms = {}
+    for name, drop, trim in (("plain", 0.0, 0.0), ("dare", 0.9, 0.0), ("ties", 0.0, 0.8)):
+        swarm = make_swarm(model_dir, tmp_path / name, tasks, num_rounds=1, drop=drop, trim=trim)
+        outcome = swarm.step()
+        assert outcome is not None
+        norms[name] = {work.name: work.norm for work in outcome.works}
+    for peer, norm in norms["plain"].items():
+        assert norms["dare"][peer] / norm == pytest.approx(10**0.5, rel=0.25)
+        assert 0.5 < norms["ties"][peer] / norm < 1.0
 
 
 def test_harm(model_dir: Path, tmp_path: Path, tasks: dict[str, TaskData]) -> None:
