@@ -557,6 +557,16 @@ class VoteBox:
             return None
         return SignedCommit(commit=commit, signatures=votes)
 
+    def lacks(self, commit: Commit, allowed: Collection[str], chain: Chain) -> str:
+        """For the log: why there is no certificate."""
+        signers, voters = self.count(commit, allowed).keys(), set(commit.electorate)
+        needed = f"{required_signatures(voters)} must"
+        if len(signers) < chain.spec.min_peers:
+            needed += f", and {chain.spec.min_peers} in all, not {len(signers)}"
+        others = ", ".join(sorted(peer[-8:] for peer in self.others(commit)))
+        differ = f"; {others} signed another state" if others else ""
+        return f"{len(signers & voters)} of {len(voters)} signed the state in time, {needed}{differ}"
+
     def others(self, commit: Commit) -> frozenset[str]:
         """Who has signed something else."""
         return frozenset(p for p, votes in self._votes.items() if votes.keys() - {commit.digest})

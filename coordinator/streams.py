@@ -51,6 +51,8 @@ class Traffic:
 
     num_bytes_sent: int = 0
     num_bytes_received: int = 0
+    # When bytes of a payload came last: a frame that only says ALIVE has none. By time.monotonic().
+    payload_at: float = 0.0
 
 
 class FrameStream:
@@ -77,7 +79,6 @@ class FrameStream:
         self._streams = (reader, writer)  # either one closes the transport when nobody holds it any more
         transport = cast(asyncio.Transport, writer.transport)
         self.greeting = greeting  # what its opener said first; empty at the opener
-        self.traffic = Traffic()
         self._transport = transport
         self._protocol = _FrameProtocol()
         transport.pause_reading()
@@ -90,6 +91,14 @@ class FrameStream:
     def heard_at(self) -> float:
         """When bytes came last, of a frame that is not complete as well; by time.monotonic()."""
         return self._protocol.heard_at
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._protocol.traffic
+
+    @traffic.setter
+    def traffic(self, shared: Traffic) -> None:
+        self._protocol.traffic = shared
 
     def describe(self, about: About) -> None:
         """Of the next frame, for the ledger."""
@@ -179,7 +188,7 @@ class _FrameProtocol(asyncio.BufferedProtocol):
         self._reading: asyncio.Future[_Frame] | None = None
         self._draining: asyncio.Future[None] | None = None
         self._is_paused = self._is_closed = False
-        self.heard_at = time.monotonic()
+        self.heard_at, self.traffic = time.monotonic(), Traffic()
 
     async def read_frame(self, room: _Room) -> _Frame:
         """The next one, read to what `room` gives. Raises EOFError when the stream ends before."""
@@ -215,6 +224,8 @@ class _FrameProtocol(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.heard_at = time.monotonic()
+        if self._payload is not None:
+            self.traffic.payload_at = self.heard_at
         self._num_read += nbytes
         self._advance()
 

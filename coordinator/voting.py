@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from coordinator.ballot import Ballot, VoteBox, Voter, signers_of
-from coordinator.chain import Chain, required_signatures
+from coordinator.chain import Chain
 from coordinator.errors import RoundError
 from coordinator.identity import Identity
 from coordinator.membership import Membership
@@ -107,12 +107,5 @@ class Voting:
             if is_committed:
                 raise RoundError("the others have committed this state already; their signatures follow")
             if is_over:
-                raise RoundError(self._why_no_majority(commit, allowed))
+                raise RoundError(self._box.lacks(commit, allowed, chain))
             await self._bell.rung(POLL_SECONDS / 5)
-
-    def _why_no_majority(self, commit: Commit, allowed: frozenset[str]) -> str:
-        others = ", ".join(sorted(peer[-8:] for peer in self._box.others(commit)))
-        differ = f"; {others} signed another state" if others else ""
-        signed = len(self._box.count(commit, allowed).keys() & set(commit.electorate))
-        needed = required_signatures(commit.electorate)
-        return f"{signed} of {len(commit.electorate)} signed the state in time, {needed} must{differ}"

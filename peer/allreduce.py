@@ -457,6 +457,15 @@ class _Exchange:
             stream.close()
             self._streams.discard(stream)
 
+    def heard_at(self, stream: FrameStream) -> float:
+        """When its peer had its last chance to be heard: silence counts from when my own link is idle.
+
+        All streams share that, and the results and parts of one peer even a connection: on a slow link many
+        of one come before the next of another, and no limit for a single part foresees that. That limit,
+        `part_limit`, still holds.
+        """
+        return max(stream.heard_at, self.traffic.payload_at)
+
     def stall_limit(self, peer_id: str, num_bytes: int) -> float:
         """Seconds in which the next `num_bytes` from a peer must come, from what its link has shown."""
         limit = STALL_FLOOR_SECONDS + self.service.slack_seconds(peer_id, num_bytes)
@@ -631,7 +640,7 @@ class _Exchange:
             _STATEMENT: MAX_SIGNED_BYTES,
         }
         async with asyncio.timeout(None) as limit:
-            patience = _Patience(stream, limit)
+            patience = _Patience(lambda: self.heard_at(stream), limit)
             try:
                 while True:
                     patience.begin(self.stall_limit(member, num_bytes), self.part_limit(member, num_bytes))
@@ -886,8 +895,8 @@ class _Patience:
     Python, with this 8, 260 times an exchange.
     """
 
-    def __init__(self, stream: FrameStream, limit: asyncio.Timeout) -> None:
-        self._stream, self._limit = stream, limit
+    def __init__(self, heard_at: Callable[[], float], limit: asyncio.Timeout) -> None:
+        self._heard_at, self._limit = heard_at, limit
         self._since: float | None = None  # instant from which a frame is waited for; None: none is
         self._silence_seconds = self._frame_seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -917,7 +926,7 @@ class _Patience:
     def _seconds_left(self) -> float:
         if self._since is None:
             return self._silence_seconds  # a wait that begins from now on ends later than that
-        silent_at = max(self._since, self._stream.heard_at) + self._silence_seconds
+        silent_at = max(self._since, self._heard_at()) + self._silence_seconds
         return min(silent_at, self._since + self._frame_seconds) - time.monotonic()
 
 
@@ -1055,7 +1064,8 @@ class _Reducer:
         since = max(sender.changed_at, waiting_since)
         if sender.stream is None:
             return since + self._grace(sender)
-        heard = max(since, sender.stream.heard_at) + self._exchange.stall_limit(sender.peer_id, num_bytes)
+        heard_at = max(since, self._exchange.heard_at(sender.stream))
+        heard = heard_at + self._exchange.stall_limit(sender.peer_id, num_bytes)
         silent = min(heard, since + self._exchange.part_limit(sender.peer_id, num_bytes))
         took = sorted(s.finished_at - s.started_at for s in self._senders if s.finished_at is not None)
         ends_at = min(silent, self._exchange.median_ends_at(STRAGGLER_FACTOR) + STALL_FLOOR_SECONDS)

@@ -824,12 +824,35 @@ def test_a_slow_reducer_says_that_it_is_alive(
     assert missing_of(results, VICTIM) == ()
 
 
-class _HeardStream:
-    """Bytes come all the time."""
+def test_parts_behind_results_on_a_slow_link_are_not_missing(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of the same peer come meanwhile, on the same connection: it is not silent."""
+    monkeypatch.setattr(allreduce, "UNMEASURED_BYTES_PER_SECOND", 20_000.0)
+    monkeypatch.setattr(allreduce, "STRAGGLER_FACTOR", 1e6)  # as if all links were as slow
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    deceived = group.members[2]
+    size = outgoing[0].codec.size_bytes(GRID.part_values)
+    swarm.services[2]._rates.clear()
+    swarm.services[VICTIM]._rates.clear()
+    silence = 1.0 + allreduce.STALL_FACTOR * size / 20_000  # and a link that opens at once
+    assert silence + 1.5 < 1.0 + allreduce.TRICKLE_FACTOR * size / 20_000
 
-    @property
-    def heard_at(self) -> float:
-        return time.monotonic()
+    async def pause(original: Any, self: _Exchange, stream: FrameStream, part: int) -> None:
+        if stream.peer_id == deceived and part == swarm.owned(group)[deceived][1]:
+            await asyncio.sleep(silence + 1.0)
+        await original(self, stream, part)
+
+    async def slowly(original: Any, self: _Reducer, stream: FrameStream, index: int) -> None:
+        if stream.peer_id == deceived:
+            await asyncio.sleep((silence + 1.5) / len(self._parts))
+        await original(self, stream, index)
+
+    on_member(monkeypatch, _Exchange, "_send_part", group.members[VICTIM], pause)
+    on_member(monkeypatch, _Reducer, "_send_result", group.members[VICTIM], slowly)
+    results = swarm.reduce(group, outgoing)
+    assert_mean_of_recorded(group, results, outgoing)
+    assert missing_of(results, VICTIM) == ()
 
 
 def test_a_frame_that_trickles_in() -> None:
@@ -837,7 +860,7 @@ def test_a_frame_that_trickles_in() -> None:
 
     async def wait() -> None:
         async with asyncio.timeout(None) as limit:
-            patience = _Patience(_HeardStream(), limit)  # type: ignore[arg-type]
+            patience = _Patience(time.monotonic, limit)  # bytes come all the time
             patience.begin(0.02, 0.2)
             await _never()
 
@@ -850,7 +873,7 @@ def test_a_frame_that_trickles_in() -> None:
 def test_frames_in_time_put_off_the_limit() -> None:
     async def wait() -> float:
         async with asyncio.timeout(None) as limit:
-            patience = _Patience(_HeardStream(), limit)  # type: ignore[arg-type]
+            patience = _Patience(time.monotonic, limit)  # bytes come all the time
             patience.begin(0.02, 0.02)
             patience.end()
             await asyncio.sleep(0.1)  # nobody waits for a frame
@@ -865,12 +888,9 @@ def test_frames_in_time_put_off_the_limit() -> None:
 def test_a_limit_that_shrinks_counts_from_the_next_frame() -> None:
     """What was set for a link of which nothing is known must not outlast its first measurement."""
 
-    class Silent:
-        heard_at = 0.0
-
     async def wait() -> None:
         async with asyncio.timeout(None) as limit:
-            patience = _Patience(Silent(), limit)  # type: ignore[arg-type]
+            patience = _Patience(lambda: 0.0, limit)
             patience.begin(10 * CALL_SECONDS, 20 * CALL_SECONDS)
             patience.end()
             patience.begin(0.05, 0.1)

@@ -122,6 +122,10 @@ def test_without_a_lock_a_new_group_begins_and_all_sign_the_same_bytes() -> None
     certificate = votes.certificate(commit, signers_of(ballot, commit), EMPTY)
     assert certificate is not None
     verify_commit(certificate, EMPTY)
+    votes.clear()
+    votes.add(peer("b"), commit.digest, voters[1].sign(commit, proposal))
+    lacks = votes.lacks(commit, signers_of(ballot, commit), EMPTY)
+    assert lacks == "1 of 3 signed the state in time, 2 must, and 2 in all, not 1"
     told = check_begin(ballot.to_json(), peer("a"), proposal, EMPTY, peer("b"))
     assert group_of(told, EMPTY) == group
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from coordinator.network import Network
-from coordinator.streams import FrameStream, StreamError, open_stream, serve_streams
+from coordinator.streams import FrameStream, StreamError, Traffic, open_stream, serve_streams
 from tests.fakes import CALL_SECONDS, new_directory, running_networks
 
 ECHO, LONG = 1, 2
@@ -77,6 +77,25 @@ def test_bytes_are_counted_with_their_headers(networks: list[Network]) -> None:
         5 + 8,
         5 + 8,
     )  # the greeting's frames hold nothing
+
+
+def test_only_payloads_tell_that_the_link_is_in_use(networks: list[Network]) -> None:
+    """A frame without one is heard, and moves nothing."""
+
+    async def heard() -> list[float]:
+        stream = await open_stream(
+            networks[1], networks[0].peer_id, "echo", b"", timeout_seconds=CALL_SECONDS
+        )
+        stream.traffic, instants = Traffic(), []
+        await stream.receive(LIMITS)
+        for payload in (b"", b"abc"):
+            await stream.send(ECHO, payload)
+            await stream.receive(LIMITS)
+            instants.append(stream.traffic.payload_at)
+        stream.close()
+        return [instants[0], instants[1] - stream.heard_at]
+
+    assert networks[1].run(heard(), timeout_seconds=CALL_SECONDS) == [0.0, 0.0]
 
 
 def test_a_reader_that_gives_up_loses_no_frame(networks: list[Network]) -> None:
