@@ -58,7 +58,7 @@ from scripts.experiments import (
     Scoring,
 )
 from scripts.multitask import train_multitask
-from scripts.simulate import Plan, model_directory, simulate
+from scripts.simulate import Plan, model_directory, settings_of, simulate
 
 Progress = Callable[[float], None]  # gets the fraction done
 
@@ -355,7 +355,7 @@ class Lab:
     # ---- keys: what made a thing
 
     def _key(self, piece: Run | Multitask | Mix) -> str:
-        settings = asdict(self._plan(piece) if isinstance(piece, Run) else piece)
+        settings = settings_of(self._plan(piece)) if isinstance(piece, Run) else asdict(piece)
         if isinstance(piece, Mix):
             settings["made_of"] = {name: self._model_key(name) for name in piece.parts}
         return json.dumps(settings, indent=1, sort_keys=True) + "\n"

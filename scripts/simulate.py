@@ -72,6 +72,12 @@ class Plan:
         return tuple(f"{name}.{share + 1}" for name in self.datasets for share in range(self.split))
 
 
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """What a run and its scores are known by; what was added later counts only where it does something."""
+    added = {"drop", "trim"}
+    return {key: value for key, value in asdict(plan).items() if key not in added or value}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     return run_main(lambda: _main(_parse(arguments)))
 
@@ -160,7 +166,7 @@ def _check_names(plan: Plan) -> None:
 
 def _begin(plan: Plan, out: Path) -> tuple[RunSpec, State]:
     """The run of `plan`; `out` holds the same one, or nothing."""
-    settings, text = out / "settings.json", json.dumps(asdict(plan), indent=2, sort_keys=True) + "\n"
+    settings, text = out / "settings.json", json.dumps(settings_of(plan), indent=2, sort_keys=True) + "\n"
     if settings.exists() and settings.read_text() != text:
         raise UsageError(f"{out} holds a run with other settings; name another --out, or delete it")
     model_dir, name = model_directory(plan.model)

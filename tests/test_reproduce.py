@@ -446,6 +446,15 @@ def test_unseen_tasks_are_told_of_the_folds_that_are_scored() -> None:
     assert "| few examples | not run |" in text
 
 
+@pytest.mark.parametrize("name", ["baselines", "variants"])
+def test_the_scores_in_the_repository_are_of_the_present_settings(name: str) -> None:
+    """A field that is added to a plan must not make hours of results useless."""
+    profile = load_profile(CONFIG, name)
+    lab = Lab(profile, Path("not read"), CONFIG.parent.parent / "results" / name / "work")
+    scorings = [piece for _, piece in all_pieces(profile) if isinstance(piece, Scoring)]
+    assert sum(map(lab.is_done, scorings)) >= 10  # and no UsageError
+
+
 def test_a_variant_that_changes_nothing_is_not_run_twice() -> None:
     variants = load_profile(CONFIG, "variants")
     names = [piece.name for _, piece in all_pieces(variants)]
