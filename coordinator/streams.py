@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct(">BI")
 JOINED_BYTES = 16 * 1024  # of a payload that are copied behind the header: one write instead of two
-SOCKET_BUFFER_BYTES = 1024 * 1024  # to and from the daemon: a part of 256 KB leaves in one call
+SOCKET_BUFFER_BYTES = 1024 * 1024  # to and from the daemon: a part of 512 KB leaves in one call
 MAX_GREETING_BYTES = 1024
 GREETING_SECONDS = 5.0
 NO_NAMES: Mapping[int, str] = {}  # of frames, for people

@@ -19,9 +19,9 @@ a block of zeros is nothing special. It is not float16: a delta of 1e-5 has scal
 has one digit left. Codes beyond n are padding.
 
 topk: the k values of largest magnitude, of equal ones those with the smaller index; indices ascend
-strictly. Of an index the lower 16 bits are sent; where there are counts, they say how many lie in each
-run of 65,536 values. The value is float16 x unit; the unit is a power of two that
-puts the largest near 2**15, so tiny deltas keep their eleven bits.
+strictly. Of an index the lower 16 bits are sent; where there are counts, they say how many lie in each run of
+65,536 values. The value is float16 x unit; the unit is a power of two that puts the largest near 2**15, so
+tiny deltas keep their eleven bits.
 
 Deterministic across machines, in both directions: integer operations, IEEE conversions, and single float32
 operations, element by element; a maximum does not depend on the order. So whoever computes a reducer's

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-PART_VALUES = 131_072  # 512 KB of float32; of half of that a third more of an exchange is Python
+PART_VALUES = 131_072  # 512 KB of float32; with half of that int8 takes a third longer, for Python per frame
 SMALLEST_PART_VALUES = 1024  # so that a tiny model, too, has parts for several reducers
 MAX_PARTS = 4096  # a manifest names a hash for each: 256 KB
 
