@@ -971,12 +971,7 @@ class _Reducer:
     def __init__(self, exchange: _Exchange, parts: range, residuals: Mapping[int, torch.Tensor]) -> None:
         self._exchange, self._parts = exchange, parts
         self._grid, self._codec, self._rules = exchange.grid, exchange.codec, exchange.rules
-        # A checkpoint of a version with another grid has others; to begin without is always allowed.
-        self._residuals = {
-            part: residual
-            for part, residual in residuals.items()
-            if part in parts and residual.numel() == self._grid.size(part)
-        }
+        self._residuals = dict(residuals)
         self.new_residuals: dict[int, torch.Tensor] = {}
         self._senders = [_Sender(member, parts.start) for member in exchange.group.members]
         self._inbox: dict[int, dict[int, bytes | bytearray | memoryview | torch.Tensor]] = {

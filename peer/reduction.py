@@ -193,8 +193,11 @@ def is_usable(residual: torch.Tensor, result: torch.Tensor, bound: float) -> boo
     """Whether a reducer's feedback (size,) may be added to a part's result (size,).
 
     bound: the `squared_bound` of the part. Feedback would make a liar of the reducer, by the cap on the norms
-    of results, when deltas have become far shorter than those that left it; then it is dropped.
+    of results, when deltas have become far shorter than those that left it; then it is dropped. So is one of
+    another size, from a checkpoint of a version that cut the vector elsewhere.
     """
+    if residual.shape != result.shape:
+        return False
     with_it = torch.from_numpy(np.add(result.numpy(), residual.numpy()))
     return squared_norm(with_it) <= FEEDBACK_CAP**2 * bound
 

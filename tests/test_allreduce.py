@@ -1034,26 +1034,31 @@ def test_feedback_of_much_larger_deltas_makes_nobody_a_liar(swarm: Swarm, codec:
     """Left from earlier rounds, a thousand times as long as what is sent now: it is dropped, not added."""
     group, outgoing = swarm.group(), swarm.prepare(deltas(), codec)
     large = {part: torch.full((GRID.size(part),), 50.0) for part in range(GRID.num_parts)}
-    results = swarm.reduce(group, outgoing, residuals=[large] * NUM_PEERS)
-    assert_same(results)
-    members = [Member(peer, 1.0, own) for peer, own in zip(group.members, outgoing, strict=True)]
-    alone = fuse(members, aggregation="mean").delta(GRID, CODECS[codec])
-    assert results[0].flat.numpy().tobytes() == alone.numpy().tobytes()
-    assert all(
-        statement_of(result, peer).residuals_before == "" for result in results for peer in group.members
-    )
+    assert_feedback_is_dropped(swarm, group, outgoing, large)
     assert all((large[part] == 50.0).all() for part in large)  # the attempt may come to nothing
 
 
-def test_feedback_of_parts_of_another_size_is_dropped(swarm: Swarm) -> None:
+@pytest.mark.parametrize("num_values", [512, 1])
+def test_feedback_of_parts_of_another_size_is_dropped(swarm: Swarm, num_values: int) -> None:
     """From a checkpoint of a version that cut the vector elsewhere."""
     group, outgoing = swarm.group(), swarm.prepare(deltas(), "int8")
-    smaller = {part: torch.full((GRID.size(part) // 2,), 1e-3) for part in range(GRID.num_parts)}
-    results = swarm.reduce(group, outgoing, residuals=[smaller] * NUM_PEERS)
+    smaller = {part: torch.full((num_values,), 1e-3) for part in range(GRID.num_parts)}
+    assert_feedback_is_dropped(swarm, group, outgoing, smaller)
+
+
+def assert_feedback_is_dropped(
+    swarm: Swarm, group: Group, outgoing: list[Outgoing], feedback: dict[int, torch.Tensor]
+) -> None:
+    """What all members get is what they would without it, in one process as well; statements name none."""
+    results = swarm.reduce(group, outgoing, residuals=[feedback] * NUM_PEERS)
     assert_same(results)
     members = [Member(peer, 1.0, own) for peer, own in zip(group.members, outgoing, strict=True)]
-    alone = fuse(members, aggregation="mean").delta(GRID, CODECS["int8"])
-    assert results[0].flat.numpy().tobytes() == alone.numpy().tobytes()
+    for residuals in ({}, feedback):
+        alone = fuse(members, aggregation="mean", residuals=residuals).delta(GRID, outgoing[0].codec)
+        assert results[0].flat.numpy().tobytes() == alone.numpy().tobytes()
+    assert all(
+        statement_of(result, peer).residuals_before == "" for result in results for peer in group.members
+    )
 
 
 def statement_of(result: Reduced, peer_id: str) -> Statement:

@@ -324,3 +324,4 @@ def test_feedback_is_usable_up_to_the_bound() -> None:
     result, residual = torch.tensor([1.0, 0.0]), torch.tensor([1.1, 0.0])
     assert is_usable(residual, result, 1.0)
     assert not is_usable(residual, result, 0.9)
+    assert not is_usable(residual[:1], result, 1.0)  # which would be added to both
