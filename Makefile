@@ -4,12 +4,14 @@
 # make install   only the environment (.venv);  make clean: remove it and everything made here
 #
 # PYTHON=python3.12 make demo   takes another interpreter;  VENV=/some/where another folder.
+# TEST_PROCESSES=0 make test    all tests in one process, one after the other.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 DEMO_FLAGS ?=
+TEST_PROCESSES ?= 3
 
 .PHONY: install demo test test-all lint format clean
 
@@ -21,7 +23,7 @@ demo: $(READY)
 
 test: lint
 	@echo "== the fast tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 test-all: lint
 	@echo "== all tests, the slow ones included"

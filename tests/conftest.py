@@ -25,6 +25,14 @@ hypothesis.settings.register_profile("busy machine", deadline=None)
 hypothesis.settings.load_profile("busy machine")
 
 
+# Of real processes, the longest: begun first, or one process of the test run would end long after the others.
+_LONGEST = {f"test_{name}.py" for name in ("swarm", "fault_matrix", "capture", "private_swarm", "join")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """A command that a test runs in this process sets up the log for a process of its own."""

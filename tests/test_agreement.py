@@ -281,6 +281,7 @@ def test_who_gets_a_new_daemon_tells_that_it_is_still_there(tmp_path: Path) -> N
         until(one.agreement.live, 2 * CALL_SECONDS)
 
 
+@pytest.mark.slow
 def test_who_proposes_without_end_and_never_begins_does_not_keep_the_others_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +312,7 @@ def test_who_proposes_without_end_and_never_begins_does_not_keep_the_others_from
         assert max(member.agreement.chain.round for member in others) == 1
 
 
+@pytest.mark.slow
 def test_who_ends_what_runs_again_and_again_does_not_keep_the_others_from_a_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_peer_that_rests_is_told_as_well_when_its_credential_has_ended(tmp_pat
             session.run(spec, state)
 
 
+@pytest.mark.slow
 def test_a_peer_that_rests_does_so_though_nobody_has_the_better_chain_any_more(tmp_path: Path) -> None:
     """Its holder has left: there is nothing to catch up with, and resting must not become a busy loop."""
 
