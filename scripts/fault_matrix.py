@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -43,6 +44,7 @@ NUM_ROUNDS = 4
 LEASE_SECONDS = 5.0
 START_SECONDS = 120.0  # importing torch and transformers on a loaded machine
 CELL_SECONDS = 240.0
+PRELOADED = ("peer.join", "peer.session", "coordinator.start", "tests.faults")
 LOOPBACK = ("--host-maddrs", "/ip4/127.0.0.1/tcp/0")
 TOLERANCE = 2e-6  # of a state against float64; the values are around 1
 MIDDLE = "middle-part"
@@ -146,7 +148,7 @@ def run_cell(cell: Cell, directory: Path) -> Outcome:
     """Raises SwarmError when a survivor does not end in time."""
     model = make_model_dir(directory / "pretrained", num_unused_tokens=cell.num_unused_tokens)
     dump = directory / "dump"
-    with LocalSwarm(directory / "logs") as swarm:
+    with LocalSwarm(directory / "logs", preload=PRELOADED) as swarm:
         entry = _start_run(swarm, cell, model, directory)
         faulty = {2, 3} if cell.step == "download" else {3}
         peers = [
@@ -442,6 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(flags: argparse.Namespace) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 190)
+    transformers.logging.disable_progress_bar()
     if flags.out is not None:
         flags.out.mkdir(parents=True, exist_ok=True)
     kept = [] if flags.out is None else _kept(flags.out)

@@ -2,12 +2,17 @@
 
 Each is a process group of its own, with its share of the cores. It writes JSON lines, which a thread reads;
 its log goes to a file. Leaving the `with` block ends everything that was started, descendants included.
+
+A peer begins with 13 CPU-seconds of imports (two cores of an AMD EPYC). Who starts hundreds gives `preload`:
+then a process that has imported forks them, `multiprocessing`'s fork server.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,9 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import connection, context, forkserver
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import psutil
 
@@ -32,15 +38,29 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LOG_LINES_SHOWN = 15
 
 
+class Running(Protocol):
+    """What we need of `subprocess.Popen`, and give of a forked process."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+
 class SwarmProcess:
     """One running command of this project; made by `LocalSwarm.start`."""
 
-    def __init__(self, name: str, process: subprocess.Popen[str], log_file: Path) -> None:
+    def __init__(self, name: str, process: Running, output: IO[str], log_file: Path) -> None:
         self.name = name
         self.log_file = log_file
         self.events: list[Event] = []  # in the order in which they came
         self.is_output_closed = False  # nothing more will be added to `events`
         self.process = process
+        self.output = output
 
     @property
     def exit_code(self) -> int | None:
@@ -64,13 +84,18 @@ class LocalSwarm:
         on_event: OnEvent = lambda name, event: None,
         *,
         descendants_seconds: float = 5.0,
+        preload: Sequence[str] = (),
     ) -> None:
-        """`descendants_seconds`: how long descendants may outlive their process; p2pd ends within 2 s."""
+        """`descendants_seconds`: how long descendants may outlive their process; p2pd ends within 2 s.
+
+        `preload`: modules to import once, for all swarms of this process; each peer then has one thread.
+        """
         log_directory.mkdir(parents=True, exist_ok=True)
         self.processes: list[SwarmProcess] = []
         self._log_directory = log_directory
         self._on_event = on_event
         self._descendants_seconds = descendants_seconds
+        self._fork_server = _fork_server(preload) if preload else None
         self._changed = threading.Condition()
         self._readers: dict[SwarmProcess, threading.Thread] = {}
         self._descendants: set[psutil.Process] = set()
@@ -89,9 +114,23 @@ class LocalSwarm:
     def start(self, name: str, module: str, flags: Sequence[str], *, num_threads: int = 1) -> SwarmProcess:
         """Run `python -m module flags --json`, from the main thread; its log goes to <name>.log."""
         log_file = self._log_directory / f"{name}.log"
+        started = SwarmProcess(name, *self._run(module, [*flags, "--json"], log_file, num_threads), log_file)
+        reader = threading.Thread(
+            target=self._read_events, args=(started,), name=f"events-{name}", daemon=True
+        )
+        self.processes.append(started)
+        self._readers[started] = reader
+        reader.start()
+        return started
+
+    def _run(
+        self, module: str, flags: list[str], log_file: Path, num_threads: int
+    ) -> tuple[Running, IO[str]]:
+        if self._fork_server is not None:
+            return _forked(self._fork_server, module, flags, log_file)
         with log_file.open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *flags, "--json"],
+                [sys.executable, "-m", module, *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -100,14 +139,8 @@ class LocalSwarm:
                 start_new_session=True,  # Ctrl-C in a terminal reaches only us, and we end the others
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
-        started = SwarmProcess(name, process, log_file)
-        reader = threading.Thread(
-            target=self._read_events, args=(started,), name=f"events-{name}", daemon=True
-        )
-        self.processes.append(started)
-        self._readers[started] = reader
-        reader.start()
-        return started
+        assert process.stdout is not None
+        return process, process.stdout
 
     def wait_for(
         self,
@@ -181,8 +214,7 @@ class LocalSwarm:
         self._kill_descendants()
 
     def _read_events(self, process: SwarmProcess) -> None:
-        assert process.process.stdout is not None
-        with process.process.stdout as lines:
+        with process.output as lines:
             for event in _parse_events(lines, process.log_file):
                 process.events.append(event)
                 with self._changed:
@@ -238,6 +270,73 @@ def _environment(num_threads: int) -> dict[str, str]:
         name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     }
     return {**os.environ, **limits, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def _fork_server(preload: Sequence[str]) -> context.ForkServerContext:
+    """Running, with these modules imported; there is one for a process, and it ends with it."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([*preload])
+    before = dict(os.environ)
+    os.environ.update(_environment(num_threads=1))  # libraries read it when they are imported
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return server
+
+
+def _forked(
+    server: context.ForkServerContext, module: str, flags: list[str], log_file: Path
+) -> tuple[Running, IO[str]]:
+    ours, theirs = server.Pipe(duplex=False)
+    process = server.Process(target=_main_of, args=(module, flags, str(log_file), theirs))
+    process.start()
+    theirs.close()
+    output = os.fdopen(os.dup(ours.fileno()))
+    ours.close()
+    return _Forked(process), output
+
+
+def _main_of(module: str, flags: list[str], log_file: str, output: connection.Connection) -> None:
+    """In the new process: what `python -m module flags` would do."""
+    os.setsid()
+    threading.Thread(target=_end_after_parent, name="parent", daemon=True).start()
+    os.dup2(output.fileno(), 1)
+    os.dup2(os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 2)
+    output.close()
+    sys.exit(importlib.import_module(module).main(flags))
+
+
+def _end_after_parent() -> None:
+    """As `_die_with_parent`, which would wait for the fork server, and that waits for us."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Forked:
+    def __init__(self, process: context.ForkServerProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
 
 
 # Loaded here: between fork and exec as little as possible may happen.
