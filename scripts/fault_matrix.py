@@ -112,6 +112,7 @@ CELLS = (
     Cell("forged-record", "ready"),
     Cell("false-claim", "ready"),
     Cell("deaf", "ready"),
+    Cell("flood", "ready"),
     Cell("none", "ready", compression="int8"),
     *(Cell("kill", step, compression="int8") for step in (MIDDLE, "first-result")),
     Cell("none", "ready", screening="norm_cosine"),
@@ -124,7 +125,7 @@ FAULTS_AT_A_STEP = ("kill", "freeze", "freeze-2", "delay")
 # By `tests/faults.py`, in DIR/failed: else a cell that injects nothing would pass.
 FAULTS_THAT_ARE_NOTED = (
     *FAULTS_AT_A_STEP,
-    *("nan-result", "short-result", "deaf", "false-claim", "forged-record", "truncated-state"),
+    *("nan-result", "short-result", "deaf", "false-claim", "forged-record", "truncated-state", "flood"),
 )
 # A result is off by half a step at most, and so is what its reducer has to make up for.
 STEPS_OF_CODECS = {"fp32": 0.0, "int8": 2 / 127}  # of the largest value

@@ -8,7 +8,8 @@ statement that fits, so that no majority signs; `equivocate-once` tells one, and
 `alive-only` is a reducer that says that it waits for others, and nothing else. `withheld-manifest` sends
 nothing to the others, so that they cannot tell how long its results may be, and multiplies these.
 `nan-result` and `short-result` are results that nobody can use. `deaf` says what it has to say and answers no
-call; `false-claim` says, with its own signature, that it is five rounds ahead. Every peer of the fault
+call; `false-claim` says, with its own signature, that it is five rounds ahead. `flood` says to everybody what
+it has ever said to anybody, every kind of call that a member makes, again and again. Every peer of the fault
 matrix runs under this module, the honest ones with the kind `none`: it then only writes to DIR what it
 contributed, as it is decoded, and which states it held, for the check against float64.
 
@@ -22,13 +23,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import importlib
 import os
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ KINDS = (
     "false-claim",
     "truncated-state",
     "forged-record",
+    "flood",
     "flipped-labels",
     "reversed",
 )
@@ -86,6 +89,7 @@ STEPS = (
 FIRST_ROUND = 2
 DELAY_SECONDS = 2.0
 ENLARGED = 1e4  # times an honest result: far beyond the norm cap
+FLOOD_CALLS = 16  # of each kind, at once, to each of the others
 LIE = 1e-3  # added by a reducer that lies: as large as the deltas of the tests, and within the norm cap
 
 
@@ -386,7 +390,14 @@ def _wrap_network(injector: Injector) -> None:
 
         on_stream(self, method, handle)
 
+    said: dict[str, Any] = {}  # the last body of each kind of call
+    flooded: set[str] = set()
+
     async def call_and_lie(self: Network, peer_id: str, method: str, body: Any, **options: Any) -> bytes:
+        said[method] = body
+        if peer_id not in flooded and injector.lies("flood"):
+            flooded.add(peer_id)
+            self.create_task(_flood(functools.partial(call, self, peer_id), said))
         if method == "heartbeat" and injector.lies("forged-record"):
             body = _forged(body)
         return await call(self, peer_id, method, body, **options)
@@ -394,6 +405,18 @@ def _wrap_network(injector: Injector) -> None:
     Network.on_call = on_call_and_fail  # type: ignore[method-assign]
     Network.on_stream = on_stream_and_fail  # type: ignore[method-assign]
     Network.call = call_and_lie  # type: ignore[method-assign]
+
+
+async def _flood(call: Callable[..., Awaitable[bytes]], said: Mapping[str, Any]) -> None:
+    """Genuine calls, so that nobody can refuse one for what it says. Without end, as the process has one."""
+    while True:
+        calls = [
+            call(method, body, timeout_seconds=5.0)
+            for method, body in list(said.items())
+            for _ in range(FLOOD_CALLS)
+        ]
+        await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.sleep(0)
 
 
 def _forged(body: dict[str, str]) -> dict[str, str]:
