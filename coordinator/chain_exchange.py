@@ -32,7 +32,7 @@ MAX_PAUSE_LEASES = 10.0
 MAX_DOUBTED = 1024
 MAX_CHAIN_REPLY_COMMITS = 50
 MAX_REJECTED_TIPS = 1024  # anybody can make chains of his own keys; one forgotten is fetched once more
-MAX_CHAIN_REPLY_BYTES = 256 * 1024  # of several commits: 16 tokens of a caller's budget (guard.py)
+MAX_CHAIN_REPLY_BYTES = 256 * 1024  # of several commits: 4 tokens of a caller's budget (guard.py)
 
 
 @dataclass(frozen=True)

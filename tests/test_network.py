@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,8 +355,11 @@ def test_a_daemon_that_dies_or_freezes_is_replaced_and_all_is_as_before(
             assert second.is_daemon_alive()
 
 
-def test_calls_that_are_cancelled_as_their_answers_come_end_no_others(tmp_path: Path) -> None:
+def test_calls_that_are_cancelled_as_their_answers_come_end_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """hivemind's only reader of answers died of an answer to a call that nobody waited for any more."""
+    monkeypatch.setattr(guard, "CALLS", replace(CALLS, per_peer=replace(CALLS.per_peer, burst=1000)))
 
     async def echo(_peer_id: str, _body: Any) -> bytes:
         return b"{}"
@@ -370,7 +374,7 @@ def test_calls_that_are_cancelled_as_their_answers_come_end_no_others(tmp_path: 
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
-            await asyncio.sleep(0.03)  # within the budget of one peer
+            await asyncio.sleep(0.01)
         return await network.call(peer_id, "echo", None, timeout_seconds=CALL_SECONDS)
 
     with running_networks(2, tmp_path) as [first, second]:
@@ -549,11 +553,12 @@ def test_small_calls_for_large_answers_are_in_the_budget(attacked: list[Network]
     rate, tokens = CALLS.per_peer, 1 + ANSWER_BYTES // TOKEN_BYTES
     budget = rate.burst + rate.per_second * (time.monotonic() - started + rate.max_delay_seconds)
     assert answers.count("") <= num_served <= budget / tokens + 1
-    assert sum("too many calls: slow down" in answer for answer in answers) > 900
+    assert answers.count("") < 100  # the others were refused, and then it was cut off
+    assert victim.num_refused >= CALLS.max_refused
 
 
 def test_who_asks_for_one_page_after_another_is_served(attacked: list[Network]) -> None:
-    """8 MB of a chain: it waits, 1.6 MB a second, and is not refused; nor is what it sends beside that."""
+    """16 MB of a chain: after 10 it waits, 1 MB a second, and is not refused; nor is what it says then."""
     victim, _, honest = attacked
 
     async def page(_peer_id: str, _body: Any) -> bytes:
@@ -563,7 +568,7 @@ def test_who_asks_for_one_page_after_another_is_served(attacked: list[Network]) 
         return sum(
             [
                 len(await honest.call(victim.peer_id, "page", None, timeout_seconds=CALL_SECONDS))
-                for _ in range(32)
+                for _ in range(64)
             ]
         )
 
@@ -573,7 +578,7 @@ def test_who_asks_for_one_page_after_another_is_served(attacked: list[Network]) 
     while not future.done():
         assert call(honest, victim.peer_id, "echo", seconds=2.0)
         time.sleep(0.1)
-    assert future.result() == 32 * ANSWER_BYTES
+    assert future.result() == 64 * ANSWER_BYTES
     assert time.monotonic() - started < 15.0
     assert victim.num_refused == 0
 
