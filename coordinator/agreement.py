@@ -478,7 +478,8 @@ class Agreement:
         if leader == self._identity.peer_id:
             return await self._lead(self._make_proposal(fuse))
         others = [peer for peer in fuse.members if peer != self._identity.peer_id]
-        deadline = time.monotonic() + self._pace.leader_seconds(others)
+        patience_seconds = self._leaders.patience * self._pace.leader_seconds(others)
+        deadline = time.monotonic() + patience_seconds
         attempt = self._attempt
         while self._begun is None and self._attempt == attempt and time.monotonic() < deadline:
             action = self.decide()

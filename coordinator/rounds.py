@@ -14,6 +14,7 @@ from coordinator.spec import RunSpec
 
 MAX_COSTLY_PROPOSALS = 2  # of one peer in a round, without a pause: two who propose at once is no attack
 MAX_FALTERS = 2  # a leader that was silent so often in a round leads last
+MAX_DOUBLINGS = 3  # of the patience with leaders
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,14 @@ class Leaders:
     attempt before that is late, so that nobody gets to name who holds it up. Each of its proposals that cost
     an attempt, beyond the first ones, doubles the time for which it is not heard. To refuse a proposal is
     always safe (`ballot.py`); a leader whose messages are lost, or whose own attempts fail, is heard again.
+
+    Where one leader after the other seems silent it may be the network: each is waited for longer, as in
+    Castro & Liskov 1999, section 4.5.2, so that in the end the wait is long enough, whatever the network.
     """
 
     def __init__(self) -> None:
         self._falters: Counter[str] = Counter()
+        self._num_silent = 0  # leaders in this round
         self._num_costly: Counter[str] = Counter()  # accepted proposals that cost an attempt, by author
         self._unheard_until: dict[str, float] = {}  # by author
 
@@ -101,6 +106,12 @@ class Leaders:
 
     def was_silent(self, leader: str) -> None:
         self._falters[leader] += 1
+        self._num_silent += 1
+
+    @property
+    def patience(self) -> float:
+        """Times what the pace of the calls says: doubled with each silent leader but the first, up to 8."""
+        return 2.0 ** min(max(0, self._num_silent - 1), MAX_DOUBLINGS)
 
     def two_at_once(self) -> None:
         """Somebody else led the attempt that I led: we rank differently. Back to the order that all have.

@@ -292,18 +292,7 @@ def clock_samples(heartbeats: Sequence[Heartbeat], alive: Collection[str]) -> li
 
 def answering(network: ProbeNetwork) -> set[str]:
     """Entry points whose process answers, not only their daemon."""
-
-    async def ask(peer_id: str) -> str | None:
-        try:
-            await network.call(peer_id, "spec", None, timeout_seconds=CALL_SECONDS)
-        except PeerUnreachable:
-            return None
-        return peer_id
-
-    async def ask_all() -> list[str | None]:
-        return await asyncio.gather(*map(ask, network.entry_points))
-
-    return {peer_id for peer_id in network.run(ask_all(), timeout_seconds=2 * CALL_SECONDS) if peer_id}
+    return set(ask_entry_points(network).specs)
 
 
 def swarm_figures(spec: RunSpec, heartbeats: Sequence[Heartbeat], round_: int = 0) -> SwarmFigures:

@@ -283,7 +283,7 @@ class Peer:
             self.waits_until = None
             self.lead(self.make_proposal(fuse))
         elif self.waits_until is None:
-            self.waits_until = self.now + LEADER_SECONDS
+            self.waits_until = self.now + LEADER_SECONDS * self.leaders.patience
         elif self.now >= self.waits_until:
             self.waits_until = None
             self.leaders.was_silent(fuse.leader(self.attempt))

@@ -198,6 +198,15 @@ def test_leaders_that_were_silent_twice_lead_last_until_two_lead_at_once() -> No
     assert leaders.ranked(fuse) == fuse
 
 
+def test_one_silent_leader_costs_no_more_than_before_and_several_are_waited_for_longer() -> None:
+    leaders, patience = Leaders(), []
+    for leader in "xyzxyz":
+        patience.append(leaders.patience)
+        leaders.was_silent(leader)
+    assert patience == [1.0, 1.0, 2.0, 4.0, 8.0, 8.0]
+    assert leaders.in_next_round().patience == 1.0
+
+
 def test_whose_proposals_cost_attempt_after_attempt_is_heard_less_and_less() -> None:
     leaders, now = Leaders(), 100.0
     for _ in range(2):  # as may happen to two who propose at once
