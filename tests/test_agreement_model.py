@@ -45,8 +45,9 @@ from coordinator.ballot import (
 from coordinator.chain import Chain, is_better
 from coordinator.errors import RoundError
 from coordinator.identity import is_signed_by
-from coordinator.membership import Membership
+from coordinator.membership import TRAINING_PHASES, Membership
 from coordinator.records import (
+    GENESIS,
     Commit,
     PeerRecord,
     Phase,
@@ -492,6 +493,7 @@ class World:
     next_beat: dict[str, float] = field(default_factory=dict)
     heard: dict[tuple[str, str], float] = field(default_factory=dict)  # (from, to) -> true time of the last
     gaps: list[tuple[str, str, float]] = field(default_factory=list)  # from, to, when a long silence ended
+    met: set[tuple[str, str]] = field(default_factory=set)  # from, to: heard in training for the first round
     values: dict[str, dict[str, SignedCommit]] = field(
         default_factory=dict
     )  # previous tip -> value -> any copy
@@ -546,6 +548,8 @@ class World:
                 if self.time - self.heard.get(pair, NOW) > LEASE:
                     self.gaps.append((*pair, self.time))
                 self.heard[pair] = self.time
+                if source.phase in TRAINING_PHASES and source.chain.round == 0:
+                    self.met.add(pair)
 
     def was_cut_off(self, one: set[str], other: set[str], since: float) -> bool:
         """Whether somebody of the one was unheard by somebody of the other for longer than the lease."""
@@ -556,6 +560,12 @@ class World:
                 if any((p, q) == pair and ended_at >= since for p, q, ended_at in self.gaps):
                     return True
         return False
+
+    def have_never_met(self, one: set[str], other: set[str]) -> bool:
+        """A run has no cohort before its first round: who trains is known by being heard to train."""
+        return not one & other and not any(
+            (a, b) in self.met or (b, a) in self.met for a, b in itertools.product(one, other)
+        )
 
     def is_kept(self, signed: SignedCommit) -> bool:
         """Unless all who had seen its certificate crashed before they could write or tell it."""
@@ -570,7 +580,8 @@ class World:
             since = self.first_at.get(commit.previous, NOW)
             for other in filter(self.is_kept, values.values()):
                 sides = [set(s.signatures) | set(s.commit.electorate) for s in (signed, other)]
-                assert self.was_cut_off(sides[0], sides[1], since), (
+                is_apart = commit.round == 1 and self.have_never_met(*sides)
+                assert is_apart or self.was_cut_off(sides[0], sides[1], since), (
                     f"round {commit.round} has two values, of attempts "
                     f"{other.commit.attempt} and {commit.attempt}, and nobody was cut off"
                 )
@@ -794,6 +805,18 @@ class Swarm(RuleBasedStateMachine):
 
 def test_agreement_holds() -> None:
     run_model(max_examples=20, num_steps=15)
+
+
+def test_peers_parted_before_they_hear_each_other_train_undo_one_of_two_first_rounds() -> None:
+    swarm = Swarm()
+    swarm.begin(num_peers=4, offsets=[0.0] * 6, dead=False, rounds=0)
+    swarm.cut_off(side={"a", "b"})
+    swarm.a_while(faults=0.0, loss=0.0, seconds=8, seed=0)
+    swarm.world.cut.clear()
+    swarm.a_while(faults=0.0, loss=0.0, seconds=8, seed=0)
+    assert len(swarm.world.values[GENESIS]) == 2
+    swarm.teardown()
+    assert len({p.chain.tip for p in swarm.world.peers}) == 1
 
 
 @pytest.mark.slow
