@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 DEMO_FLAGS ?=
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 
 .PHONY: install demo test test-all lint format clean
 

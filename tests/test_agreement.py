@@ -1078,16 +1078,20 @@ def test_a_proven_culprit_is_named_in_the_commit_and_cannot_come_back_within_the
                 )
             return await same_state(group)
 
-        for outcome in outcomes([member.fuse(reduce) for member in honest]):
-            assert isinstance(outcome, Committed)
-            assert [(e.peer, e.reason) for e in outcome.group.excluded] == [
-                (liar.peer_id, "sent values that are not finite")
-            ]
-        commit = assert_one_chain(honest, 1).commits[0].commit
+        results = outcomes([member.fuse(reduce) for member in honest])
+        committed = [m for m, outcome in zip(honest, results, strict=True) if isinstance(outcome, Committed)]
+        assert len(committed) >= 2  # on a busy machine the third may be overtaken by their commit
+        for outcome in results:
+            assert isinstance(outcome, Committed | Overtaken)
+            if isinstance(outcome, Committed):
+                assert [(e.peer, e.reason) for e in outcome.group.excluded] == [
+                    (liar.peer_id, "sent values that are not finite")
+                ]
+        commit = assert_one_chain(committed, 1).commits[0].commit
         assert [e.peer for e in commit.excluded] == [liar.peer_id]
         assert liar.peer_id not in commit.cohort
         named = [r for r in caplog.records if f"{liar.peer_id[-8:]} is left out" in r.getMessage()]
-        assert len(named) >= len(honest)
+        assert len(named) >= len(committed)
 
 
 def test_who_is_banned_is_in_no_group_and_not_counted(tmp_path: Path) -> None:
