@@ -477,9 +477,7 @@ class Agreement:
         leader = fuse.leader(self._attempt)
         if leader == self._identity.peer_id:
             return await self._lead(self._make_proposal(fuse))
-        others = [peer for peer in fuse.members if peer != self._identity.peer_id]
-        patience_seconds = self._leaders.patience * self._pace.leader_seconds(others)
-        deadline = time.monotonic() + patience_seconds
+        deadline = time.monotonic() + self._leaders.patience * self._attempt_seconds(fuse.members)
         attempt = self._attempt
         while self._begun is None and self._attempt == attempt and time.monotonic() < deadline:
             action = self.decide()
