@@ -188,15 +188,16 @@ class Profile:
 
 
 def load_profile(file: Path, name: str, model: str | None = None) -> Profile:
-    """Raises UsageError."""
+    """Values above the first table are for every profile that has none of its own. Raises UsageError."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read as TOML: {error}") from error
-    if name not in tables:
-        raise UsageError(f"{file} has no profile {name!r}; it has: {', '.join(tables)}")
+    profiles = {key: tables.pop(key) for key, value in [*tables.items()] if isinstance(value, dict)}
+    if name not in profiles:
+        raise UsageError(f"{file} has no profile {name!r}; it has: {', '.join(profiles)}")
     try:
-        profile = _profile(name, {**tables[name], **({"model": model} if model else {})})
+        profile = _profile(name, {**tables, **profiles[name], **({"model": model} if model else {})})
         if unknown := sorted(set(profile.experiments) - set(TITLES)):
             raise ValueError(f"there is no experiment {unknown[0]}")
         for _, piece in all_pieces(profile):  # so that a wrong key is told before anything is spent

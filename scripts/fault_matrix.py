@@ -462,7 +462,8 @@ def _main(flags: argparse.Namespace) -> int:
 
 
 def _outcome_of(cell: Cell) -> Outcome:
-    with tempfile.TemporaryDirectory() as directory:
+    # Ended in the middle of ending its peers, it leaves them a moment in which to write there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         try:
             return run_cell(cell, Path(directory))
         except SwarmError as error:

@@ -57,6 +57,7 @@ from scripts.experiments import (
     Run,
     Scoring,
 )
+from scripts.json_files import read_json
 from scripts.multitask import train_multitask
 from scripts.simulate import Plan, model_directory, settings_of, simulate
 
@@ -169,7 +170,7 @@ class Lab:
         file = self._choice_file(choice)
         if not file.exists():
             return None
-        kept = _read_json(file, ("key", "model", "gains"))
+        kept = read_json(file, ("key", "model", "gains"))
         piece = self._pieces.get(choice)
         if isinstance(piece, Choice):
             self._check_key(file, kept["key"], _choice_key(self.profile, piece))
@@ -179,7 +180,7 @@ class Lab:
         """Mean gain by candidate, 0 to 1; empty while it is not done."""
         if self.chosen(choice) is None:
             return {}
-        return dict(_read_json(self._choice_file(choice), ("gains",))["gains"])
+        return dict(read_json(self._choice_file(choice), ("gains",))["gains"])
 
     @property
     def times(self) -> list[dict[str, Any]]:
@@ -322,7 +323,7 @@ class Lab:
         file = self._score_file(book, model, dataset, method)
         if not file.exists():
             return None
-        kept = _read_json(file, ("key", "labels", "predictions"))
+        kept = read_json(file, ("key", "labels", "predictions"))
         self._check_key(file, kept["key"], self._score_key(book, model))
         return kept
 
@@ -437,14 +438,3 @@ def _choice_key(profile: Profile, piece: Choice) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _read_json(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Raises StateError."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{file} is broken ({error}): delete it") from error
-    if not isinstance(value, dict) or any(key not in value for key in keys):
-        raise StateError(f"{file} is broken (no {', '.join(keys)}): delete it")
-    return value

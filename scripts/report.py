@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.errors import StateError
 from peer.benchmark import headline_metric
 from peer.state import write_text
 from scripts.experiments import TITLES
+from scripts.json_files import read_json
 
 Finding = Mapping[str, Any]
 NOT_RUN = "not run"
@@ -106,13 +106,7 @@ def readme(findings: Mapping[int, Finding], made: Provenance, has_plot: Mapping[
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{file} cannot be read ({error}): restore it, or run the experiments") from error
-    if not isinstance(value, dict):
-        raise StateError(f"{file} is not of this program: restore it, or run the experiments")
-    return value
+    return read_json(file, advice="restore it, or run the experiments")
 
 
 # ---- tables -------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from peer.stopping import StopRequested, StopSwitch
 from scripts.evaluate import find_datasets
 from scripts.experiments import TITLES, Mix, Piece, Profile, Scoring, all_pieces, load_profile, told
 from scripts.findings import findings
+from scripts.json_files import read_json
 from scripts.lab import Lab, locked
 from scripts.report import Provenance, redraw, write_report
 
@@ -190,11 +191,8 @@ def _claim(out: Path, profile: Profile) -> Path:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        there = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{file} is broken ({error}): restore or delete it") from error
-    if not isinstance(there, dict) or there.get("program") != PROGRAM:
+    there = read_json(file, advice="restore or delete it")
+    if there.get("program") != PROGRAM:
         raise StateError(f"{file} is not of this program: name an empty or a new folder")
     return there
 

@@ -179,8 +179,15 @@ def test_a_wrong_config_is_told(tmp_path: Path) -> None:
         (tmp_path / "c.toml").write_text(head + "[smoke]" + smoke.replace(old, new))
         with pytest.raises(UsageError, match=words):
             load_profile(tmp_path / "c.toml", "smoke")
-    with pytest.raises(UsageError, match="no profile 'dawn'"):
+    with pytest.raises(UsageError, match=r"no profile 'dawn'; it has: night, baselines, variants, smoke$"):
         load_profile(CONFIG, "dawn")
+
+
+def test_folds_above_the_profiles_are_for_those_that_have_none() -> None:
+    night, variants, smoke = (load_profile(CONFIG, name) for name in ("night", "variants", "smoke"))
+    assert night.folds == variants.folds
+    assert len(night.datasets) == 23
+    assert smoke.folds == (("sst2", "qqp"), ("subj", "tweet_emotion"), ("ag_news", "cola"))
 
 
 # ---- the lab ------------------------------------------------------------------------------
@@ -493,7 +500,7 @@ def test_tables_are_drawn_again_from_the_figures(tmp_path: Path, capsys: pytest.
     assert before == {file.name: file.read_bytes() for file in tmp_path.glob("*.svg")}
     (tmp_path / "made.json").write_text("[]")
     assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), "--redraw"]) == 6
-    assert "made.json is not of this program" in capsys.readouterr().err
+    assert "made.json is broken (not an object): restore it" in capsys.readouterr().err
 
 
 def test_plots_come_with_what_was_run_only(tmp_path: Path) -> None:
