@@ -24,6 +24,7 @@ from scripts.multitask import MultitaskPlan
 from scripts.simulate import Plan
 
 PRETRAINED = "pretrained"
+AS_IS = "as is"  # the variant that changes nothing
 TITLES = {
     1: "Head-only accuracy on the tasks trained climbs with the rounds",
     2: "The fused model is a better base for tasks that nobody trained on",
@@ -120,7 +121,7 @@ class Profile:
     per_round: Mapping[str, Any]  # experiment 6: contributors and their outer_lrs, examples a round, rounds
     own: Mapping[str, Any]  # experiment 7: changes of `scoring`
     variant_rounds: int
-    variants: Mapping[str, Mapping[str, Any]]  # changes of `swarm`, by label; "as is" changes nothing
+    variants: Mapping[str, Mapping[str, Any]]  # changes of `swarm`, by label
     last_rounds: tuple[int, ...]  # averages of so many kept states
     alphas: tuple[float, ...]  # part of the fused model in a mix with the pretrained one
     scoring: BenchmarkConfig  # test rows

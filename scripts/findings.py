@@ -14,6 +14,7 @@ import numpy as np
 from peer.benchmark import METHODS, Method
 from peer.statistics import compare
 from scripts.experiments import (
+    AS_IS,
     PRETRAINED,
     Profile,
     alone_models,
@@ -75,11 +76,13 @@ def paired(
     }
 
 
-def gains(lab: Lab, models: Mapping[str, str], book: str = "test") -> dict[str, dict[str, Finding | None]]:
-    """Over the pretrained model, by label and measure."""
+def gains(
+    lab: Lab, models: Mapping[str, str], book: str = "test", *, against: str = PRETRAINED
+) -> dict[str, dict[str, Finding | None]]:
+    """By label and measure."""
     return {
         label: {
-            measure: comparison(lab, [(model, name) for name in names], method, book=book)
+            measure: comparison(lab, [(model, name) for name in names], method, book=book, against=against)
             for measure, (method, names) in measures(lab.profile).items()
         }
         for label, model in models.items()
@@ -178,10 +181,13 @@ def _better(lab: Lab) -> Finding:
     profile = lab.profile
     variants = variant_models(profile)
     states = {"last state": "fold0", **{label: mix.name for label, mix in mixes(profile).items()}}
-    test = {"as is": "fold0", "best variant": winner(profile), "best of the kept states": "chosen:mix"}
+    as_is = variants.get(AS_IS)
+    changed = {label: model for label, model in variants.items() if model != as_is}
+    test = {AS_IS: "fold0", "best variant": winner(profile), "best of the kept states": "chosen:mix"}
     return {
         "is_shorter": profile.variant_rounds < profile.rounds,
         "variants": gains(lab, variants, "validation"),
+        "against_as_is": gains(lab, changed, "validation", against=as_is) if as_is else {},
         "states": gains(lab, states, "validation"),
         "test": gains(lab, test),
         "chosen": {"variant": _label(lab, "variant", variants), "mix": _label(lab, "mix", states)},

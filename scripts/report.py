@@ -13,7 +13,7 @@ from typing import Any
 
 from peer.benchmark import headline_metric
 from peer.state import write_text
-from scripts.experiments import TITLES
+from scripts.experiments import AS_IS, TITLES
 from scripts.json_files import read_json
 
 Finding = Mapping[str, Any]
@@ -291,6 +291,7 @@ def _better_table(finding: Finding) -> list[str]:
         "",
         *_gains_table(finding["variants"]),
         "",
+        *_against_as_is(finding.get("against_as_is", {})),
         "What can be made of the states of fold 0 afterwards; validation rows:",
         "",
         *_gains_table(finding["states"]),
@@ -300,6 +301,14 @@ def _better_table(finding: Finding) -> list[str]:
         "",
         *_gains_table(finding["test"]),
     ]
+
+
+def _against_as_is(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:
+    """Those that were run. Paired: what the data sets gain in any case is not in it."""
+    run = {label: row for label, row in rows.items() if any(row.values())}
+    if not run:
+        return []
+    return [f'Each against "{AS_IS}", paired; validation rows:', "", *_gains_table(run), ""]
 
 
 _TABLES: dict[int, Callable[[Finding], list[str]]] = {

@@ -444,6 +444,17 @@ def test_losses_are_told_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert "3 of 4 pieces, 0.50 hours" in text
 
 
+def test_variants_are_told_against_the_run_that_they_change() -> None:
+    against = {"y": {"m": compared([[1, 1]], [[1, 0]])}, "z": {"m": None}}
+    finding = {**hand_made()[8], "chosen": {"variant": None, "mix": None}}
+    text = readme({8: {**finding, "against_as_is": against}}, PROVENANCE, {})
+    assert 'Each against "as is", paired' in text
+    assert "| y | +50.00 [" in text
+    assert "| z |" not in text  # it is in the table above, as not run
+    run_only = {**finding, "variants": against}
+    assert "Each against" not in readme({8: run_only}, PROVENANCE, {})
+
+
 def test_unseen_tasks_are_told_of_the_folds_that_are_scored() -> None:
     one_fold = compared([[1, 1, 1, 1]], [[1, 1, 0, 0]])
     methods = {"probe": one_fold, "few_shot": None, "finetune": None}
