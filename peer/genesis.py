@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from coordinator.records import RecordError, parse_json
 from coordinator.spec import MAX_SPEC_BYTES, RunSpec, load_spec, parse_spec, validate_spec
 from coordinator.transfer import Piece, fetch_blob, serve_blobs
 from peer.layout import CHUNK_SIZE_BYTES, StateManifest, TensorLayout, flat_bytes, make_manifest
-from peer.model import load_backbone, model_files, resolve_model
+from peer.model import load_backbone, model_files, resolve_model, shared_bytes
 from peer.outer import OUTER_OPTIMIZERS, buffer_names
 from peer.state import kept_run, replace_directory
 
@@ -370,21 +369,30 @@ def _local_model(spec: RunSpec) -> Path | None:
 
 def has_files(spec: RunSpec, directory: Path) -> bool:
     """Whether config and tokenizer of the run are there, each with its hash."""
-    return all(sha256_of(directory / name) == file.sha256 for name, file in spec.files.items())
+    return all(run_file(spec, directory, name) is not None for name in spec.files)
 
 
-def sha256_of(path: Path) -> str | None:
-    """Of a file, hex; None where there is none."""
+def run_file(spec: RunSpec, directory: Path, name: str) -> bytes | None:
+    """What the run has under this name, from a directory of the model; None where it has other content.
+
+    A run that an earlier version began shares its files as they are.
+    """
+    path = directory / name
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    for content in (shared_bytes(path), path.read_bytes()):
+        if hashlib.sha256(content).hexdigest() == spec.files[name].sha256:
+            return content
+    return None
 
 
 def _copy_files(spec: RunSpec, model_dir: Path, base_dir: Path) -> None:
     def write(directory: Path) -> None:
         for name in spec.files:
-            shutil.copyfile(model_dir / name, directory / name)
+            content = run_file(spec, model_dir, name)
+            if content is None:
+                raise ModelError(f"{model_dir / name} has changed while it was read: try again")
+            (directory / name).write_bytes(content)
 
     if not has_files(spec, base_dir):
         replace_directory(base_dir, write)

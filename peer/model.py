@@ -71,6 +71,11 @@ _VOCABULARY_FILE_NAMES = (
     "vocab.txt",
 )
 _WEIGHT_FILE_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+# What a directory says of whoever made it: label names, and where it lay. Loading needs none of it.
+_PRIVATE_KEYS = {
+    "config.json": ("_name_or_path", "finetuning_task", "id2label", "label2id", "problem_type"),
+    "tokenizer_config.json": ("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file"),
+}
 _POOLER_PREFIX = "pooler."
 # Bias of the dense layer in heads whose activation cuts off below zero (ReLU, GELU): it moves the
 # features, of size about 0.4, to where the activation is nearly linear. See reset_head.
@@ -242,12 +247,32 @@ def resolve_model(name: str, revision: str | None) -> Path:
 def model_files(model_dir: Path) -> dict[str, FileEntry]:
     """Hash and size of the config and tokenizer files that are there, by name (MODEL_FILE_NAMES only).
 
-    Raises ModelError when there is no config.json.
+    Of their `shared_bytes`. Raises ModelError when there is no config.json.
     """
     if not (model_dir / "config.json").is_file():
         raise ModelError(f"{model_dir} holds no config.json; give the directory of a transformers model")
     present = [name for name in MODEL_FILE_NAMES if (model_dir / name).is_file()]
-    return {name: _file_entry(model_dir / name) for name in present}
+    contents = {name: shared_bytes(model_dir / name) for name in present}
+    return {
+        name: FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+        for name, content in contents.items()
+    }
+
+
+def shared_bytes(file: Path) -> bytes:
+    """What a run shares of a model's file: without label names, and without where its maker kept it.
+
+    The same bytes from the same file on every machine; those of the file where there is nothing to leave out.
+    """
+    content = file.read_bytes()
+    try:
+        values = json.loads(content) if file.name in _PRIVATE_KEYS else None
+    except ValueError:  # told where the model is loaded
+        return content
+    if not isinstance(values, dict) or values.keys().isdisjoint(_PRIVATE_KEYS[file.name]):
+        return content
+    shared = {key: value for key, value in values.items() if key not in _PRIVATE_KEYS[file.name]}
+    return (json.dumps(shared, indent=2, sort_keys=True) + "\n").encode()
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -285,7 +310,7 @@ def export_model(model_dir: Path, layout: TensorLayout, flat: torch.Tensor, outp
     """Writes the fused encoder in Hugging Face form: config, tokenizer, model.safetensors.
 
     `AutoModel.from_pretrained(output_dir)` gives the backbone bit for bit. Nothing private is
-    written: no head, no pooler (transformers draws a new one where the class has it). The
+    written: no head, no label names, no pooler (transformers draws a new one where the class has it). The
     model is never built here; `flat` goes to the file as it is, without a copy.
     """
     config = _load_config(model_dir)
@@ -297,6 +322,8 @@ def export_model(model_dir: Path, layout: TensorLayout, flat: torch.Tensor, outp
     config.dtype = torch.float32
     config.save_pretrained(output_dir)
     load_tokenizer(model_dir).save_pretrained(output_dir)
+    for name in _PRIVATE_KEYS:
+        (output_dir / name).write_bytes(shared_bytes(output_dir / name))
     _write_safetensors(output_dir / "model.safetensors", layout, flat)
 
 
@@ -456,12 +483,6 @@ def _download(name: str, revision: str | None) -> Path:
             "check the network, or give the path of a copy"
         ) from error
     return Path(found)
-
-
-def _file_entry(path: Path) -> FileEntry:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(sha256=digest, size_bytes=path.stat().st_size)
 
 
 def _write_safetensors(path: Path, layout: TensorLayout, flat: torch.Tensor) -> None:

@@ -37,10 +37,10 @@ from peer.config import PeerConfig
 from peer.data import TaskData
 from peer.evaluate import bf16_supported
 from peer.finetune import Budget
-from peer.genesis import State, has_files, kept_spec, load_first_state, sha256_of
+from peer.genesis import State, has_files, kept_spec, load_first_state, run_file
 from peer.layout import TensorLayout
 from peer.learner import Learner, num_head_examples
-from peer.model import encoder_shape, load_tokenizer, model_files
+from peer.model import encoder_shape, load_tokenizer
 from peer.outer import num_buffers
 from peer.state import Checkpoint, kept_checkpoint
 from peer.versions import check_versions
@@ -77,10 +77,10 @@ def size_of(spec: RunSpec) -> ModelSize:
 
 def find_config(spec: RunSpec, output_dir: Path) -> Path | None:
     """A directory on this machine that holds the config of the run's model."""
-    wanted = spec.files.get("config.json")
+    if "config.json" not in spec.files:
+        return None
     for directory in (output_dir / "base", _local_directory(spec)):
-        file = None if directory is None else directory / "config.json"
-        if wanted is not None and file is not None and file.is_file() and sha256_of(file) == wanted.sha256:
+        if directory is not None and run_file(spec, directory, "config.json") is not None:
             return directory
     return None
 
@@ -259,8 +259,7 @@ def find_model(spec: RunSpec, kept: KeptRun | None, output_dir: Path) -> FoundMo
     if directory is None:
         return FoundModel("nowhere")
     try:
-        files = model_files(directory)
-        if any(name not in files or files[name].sha256 != f.sha256 for name, f in spec.files.items()):
+        if not has_files(spec, directory):
             return FoundModel("other files")
         state = load_first_state(spec, directory)
     except ModelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 import torch
 
 from coordinator.network import Network, PeerUnreachable
+from coordinator.spec import validate_spec
 from peer import genesis, state
-from peer.genesis import MAX_STATES_ON_DISK, State, StatesOnDisk, get_state, serve_run
+from peer.data import Task
+from peer.genesis import MAX_STATES_ON_DISK, State, StatesOnDisk, get_state, has_files, make_run, serve_run
 from peer.layout import TensorLayout, make_manifest
+from peer.model import load_classifier, load_tokenizer, save_task_model
 from peer.state import Checkpoint, CheckpointStore
 from tests.fakes import CALL_SECONDS, make_spec, running_networks
+from tests.tiny_models import make_model_dir
 
 LAYOUT = TensorLayout(names=("weight",), shapes=((400_000,),))  # two chunks
 SPEC = make_spec(num_parameters=LAYOUT.num_values)
@@ -100,3 +105,22 @@ def test_pieces_of_an_older_state_wait_for_no_hashing_in_the_networks_thread(
 
 async def ask_manifest(asking: Network, donor: Network, state_hash: str) -> bytes:
     return await asking.call(donor.peer_id, "manifest", {"state": state_hash}, timeout_seconds=CALL_SECONDS)
+
+
+def test_a_run_shares_no_label_names_of_its_base_model(tmp_path: Path) -> None:
+    labels = Task(kind="classification", is_pair=False, label_names=("grim", "happy"))
+    bert_dir = make_model_dir(tmp_path / "bert")
+    own, base = tmp_path / "own", tmp_path / "base"
+    save_task_model(load_classifier(bert_dir, labels, seed=0), load_tokenizer(bert_dir), own)
+    options: dict[str, Any] = {"run_name": "t", "created_at": 1.0, "num_rounds": 1, "round_examples": 8}
+    spec, _ = make_run(str(own), None, options, base)
+    assert not any(b"grim" in file.read_bytes() for file in base.iterdir())
+    assert has_files(spec, base)
+    assert has_files(spec, own)  # so that whoever has the model needs no download
+    as_it_was = {
+        name: {"sha256": hashlib.sha256((own / name).read_bytes()).hexdigest(), "size_bytes": 1}
+        for name in spec.files
+    }
+    earlier = validate_spec({**spec.model_dump(mode="json"), "files": as_it_was}, source="a test")
+    assert has_files(earlier, own)  # a run that an earlier version began
+    assert not has_files(earlier, base)

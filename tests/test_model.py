@@ -30,6 +30,7 @@ from peer.model import (
     reset_head,
     resolve_model,
     save_task_model,
+    shared_bytes,
 )
 from peer.tasks import Task
 from tests.tiny_models import FAMILIES, HIDDEN_SIZE, make_model_dir
@@ -108,6 +109,29 @@ def test_a_fused_model_holds_nothing_private(bert_dir: Path, tmp_path: Path) -> 
     header = json.loads((tmp_path / "model.safetensors").read_bytes()[8 : 8 + header_size])
     assert set(header) == {"__metadata__", *layout.names}
     assert "grim" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_classifier_as_a_base_keeps_its_label_names_to_itself(bert_dir: Path, tmp_path: Path) -> None:
+    base, output = tmp_path / "ward 3", tmp_path / "fused"
+    save_task_model(load_classifier(bert_dir, TASK, seed=0), load_tokenizer(bert_dir), base)
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        values = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(values | {key: "clinic/own"}))
+    assert "grim" in (base / "config.json").read_text()
+    files = model_files(base)
+    layout, flat = load_backbone(base)
+    export_model(base, layout, flat, output)
+    for name in ("config.json", "tokenizer_config.json"):
+        shared = shared_bytes(base / name)
+        assert files[name].sha256 == hashlib.sha256(shared).hexdigest()
+        assert files[name].size_bytes == len(shared)
+        for content in (shared, (output / name).read_bytes()):
+            assert not any(word in content for word in (b"grim", b"clinic", b"ward"))
+        (base / name).write_bytes(shared)
+        assert shared_bytes(base / name) == shared  # of what is left there is nothing to leave out
+    assert load_classifier(base, TASK, seed=0).config.num_labels == 3
+    (base / "config.json").write_text("[1]")
+    assert shared_bytes(base / "config.json") == b"[1]"  # told where it is loaded
 
 
 def test_import_refuses_another_layout_and_changes_nothing(model_dirs: dict[str, Path]) -> None:
