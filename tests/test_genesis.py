@@ -13,11 +13,11 @@ import torch
 from coordinator.network import Network, PeerUnreachable
 from coordinator.spec import validate_spec
 from peer import genesis, state
-from peer.data import Task
 from peer.genesis import MAX_STATES_ON_DISK, State, StatesOnDisk, get_state, has_files, make_run, serve_run
 from peer.layout import TensorLayout, make_manifest
 from peer.model import load_classifier, load_tokenizer, save_task_model
 from peer.state import Checkpoint, CheckpointStore
+from peer.tasks import Task
 from tests.fakes import CALL_SECONDS, make_spec, running_networks
 from tests.tiny_models import make_model_dir
 
