@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,6 +307,11 @@ class Session:
         if checkpoint is not None:
             chain = build_chain(spec, [parse_record(commit, SignedCommit) for commit in checkpoint.commits])
             first = State.of(checkpoint.layout, checkpoint.flat)
+            if chain.state_hash != first.state_hash:
+                raise StateError(
+                    f"the checkpoint in {self._dir} holds another state than its last commit: "
+                    "choose another --output-dir, and the state comes from the swarm"
+                )
             self._in_network(self._adopt(chain))
             self._kept_delta = checkpoint.kept_delta
             self._feedback = ErrorFeedback.of(checkpoint.residual, checkpoint.residuals)
@@ -412,6 +417,8 @@ class Session:
                 outcome = self._fuse(self._feedback.add_to(delta), log)
             finally:  # told to stop, or cut off, while it waits for the others: it is kept all the same
                 self._keep_own(log, is_ending=outcome is None)
+                if outcome is None:
+                    self._take_unseen_commit(delta)
             if isinstance(outcome, LeftAlone):
                 self._reporter.alone(log.round)
                 part += 1
@@ -765,6 +772,26 @@ class Session:
         if self._rounds_left is not None:
             self._rounds_left -= 1
 
+    def _take_unseen_commit(self, delta: torch.Tensor) -> None:
+        """The network's thread may have committed the round while this one was told to stop.
+
+        Then it happened: with its commit and the state before, a checkpoint would start from the wrong state,
+        and with error feedback that auditors take for a lie.
+        """
+        with suppress(NetworkError, concurrent.futures.CancelledError):
+            self._in_network(
+                asyncio.sleep(0)
+            )  # behind this, `fuse` has been cancelled: no commit comes later
+        pending = self._pending.get(self._agreement.chain.state_hash)
+        if pending is None or self._agreement.chain.state_hash == self._state.state_hash:
+            return
+        self._count_as_sent(delta, pending)
+        self._set_state(pending.state)
+        try:
+            self._export_model()
+        except (StateError, OSError, SafetensorError) as error:  # must not hide what ends this peer
+            logger.error("the model of round %d is not written: %s", self._round, error)
+
     def _begin_judging(self, pending: _Pending) -> None:
         chain, reduced = self._agreement.chain, pending.reduced
         if reduced is None or pending.group != chain.commits[-1].commit.group:
@@ -901,11 +928,15 @@ class Session:
     def _save_checkpoint_if_entered(self) -> None:
         if not self._is_entered:
             return
-        commits = tuple(signed.model_dump(mode="json") for signed in self._agreement.chain.commits)
+        chain = self._agreement.chain
+        if chain.state_hash != self._state.state_hash:
+            logger.error("the state is not that of the chain: the checkpoint before stays")
+            return
+        commits = tuple(signed.model_dump(mode="json") for signed in chain.commits)
         self._store.save(
             Checkpoint(
                 run_digest=self.spec.digest,
-                round=self._round,
+                round=chain.round,
                 layout=self._layout,
                 flat=self._state.flat,
                 commits=commits,

@@ -175,8 +175,8 @@ def test_a_peer_that_rests_does_so_though_nobody_has_the_better_chain_any_more(t
     assert manners.num_asked > 0
 
 
-def private_run(directory: Path) -> tuple[PeerConfig, RunSpec, State]:
-    """Of one peer, the organizer's own."""
+def private_run(directory: Path, **changes: Any) -> tuple[PeerConfig, RunSpec, State]:
+    """Of one peer, the organizer's own; `changes` of the spec."""
     out, key = directory / "mine", directory / "organizer.key"
     options = {
         "run_name": "test",
@@ -186,6 +186,7 @@ def private_run(directory: Path) -> tuple[PeerConfig, RunSpec, State]:
         "round_examples": 16,
         "lease_seconds": 10.0,
         "organizer": load_identity(key).peer_id,
+        **changes,
     }
     model = make_model_dir(directory / "pretrained")
     spec, state = make_run(str(model), None, options, out / "base")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,8 +26,10 @@ from coordinator.spec import RunSpec
 from peer import session as session_module
 from peer.data import load_task_data
 from peer.display import ProgressBar, Reporter
+from peer.layout import make_manifest
 from peer.learner import Evaluation, Learner
 from peer.manners import Manners
+from peer.model import load_backbone
 from peer.session import Session
 from peer.state import CheckpointStore, Conviction, kept_convictions
 from peer.stopping import StopSwitch
@@ -40,7 +43,7 @@ pytestmark = pytest.mark.timeout(120)
 class WaitingReporter(Reporter):
     """Tells when the own backbone is scored, and the session begins to wait for the others."""
 
-    def __init__(self, on_waiting: Callable[[], None]) -> None:
+    def __init__(self, on_waiting: Callable[[], None] = lambda: None) -> None:
         super().__init__(json_lines=True, stream=io.StringIO())
         self._on_waiting = on_waiting
 
@@ -156,3 +159,44 @@ def test_who_was_convicted_before_a_restart_stays_out(tmp_path: Path) -> None:
     assert not session._wants_rollback()  # nobody could be shown why
     assert [known.peer for known in kept_convictions(file.parent, session.spec.digest)] == [peer("liar")]
     assert "torn" not in file.read_text()  # else the next line would be lost with it
+
+
+def test_a_commit_that_comes_while_it_is_told_to_stop_is_kept_with_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone in a run of one: the network's thread commits while this one still scores its own backbone."""
+    evaluate_own, sessions = Learner.evaluate_own, list[Session]()
+
+    def stopped_after_the_commit(self: Learner, **options: Any) -> Evaluation:
+        until = time.monotonic() + 60.0
+        while sessions[0]._agreement.chain.round < 1 and time.monotonic() < until:
+            time.sleep(0.02)
+        told_to_stop(sessions[0])
+        return evaluate_own(self, **options)
+
+    monkeypatch.setattr(Learner, "evaluate_own", stopped_after_the_commit)
+    config, spec, state = private_run(tmp_path, compression="int8")
+    with StopSwitch(100.0).listening() as stop, CheckpointStore(config.output_dir) as store:
+        session = Session(config, load_task_data(config.data), store, WaitingReporter(), stop, Manners())
+        sessions.append(session)
+        assert session.run(spec, state) == "terminated"
+        kept = store.load()
+    assert kept is not None
+    assert kept.round == 1
+    committed = kept.commits[-1]["commit"]
+    assert make_manifest(kept.layout, kept.flat).state_hash == committed["state_hash"] != state.state_hash
+    assert kept.residuals  # of the round that counts, not of the one before
+    assert kept.residual is not None
+    _, fused = load_backbone(config.output_dir / "model")
+    assert torch.equal(fused, kept.flat[: fused.numel()])
+
+    def resumed(self: Learner, **options: Any) -> Evaluation:
+        told_to_stop(session)
+        return evaluate_own(self, **options)
+
+    monkeypatch.setattr(Learner, "evaluate_own", resumed)
+    with StopSwitch(100.0).listening() as stop, CheckpointStore(config.output_dir) as store:
+        session = Session(config, load_task_data(config.data), store, WaitingReporter(), stop, Manners())
+        assert session.run() == "terminated"
+        assert session._agreement.chain.round >= 1
+        assert session._agreement.chain.state_hash == session._state.state_hash
