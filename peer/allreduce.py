@@ -1274,6 +1274,10 @@ class _Reducer:
                 await self._exchange.made.wait_for(is_open)
 
     def _take_manifest(self, sender: _Sender, payload: bytes | bytearray | memoryview) -> None:
+        if (
+            sender.manifest is not None
+        ):  # nobody needs to: the same one, again and again, would be a sign of life
+            raise BadPartError("sent two manifests")
         own = self._exchange.outgoing.manifest
         try:
             manifest = open_manifest(
@@ -1287,8 +1291,6 @@ class _Reducer:
             )
         except RecordError as error:
             raise BadPartError(str(error)) from error
-        if sender.manifest is not None and sender.manifest != manifest:
-            raise BadPartError("sent two manifests")
         sender.manifest, sender.signed_manifest = manifest, bytes(payload)
         sender.hashes, sender.started_at = manifest.part_hashes(), time.monotonic()
 

@@ -464,13 +464,14 @@ def test_a_norm_that_no_delta_has(swarm: Swarm, impatient: None) -> None:
     assert "is no length of a delta" in results[0].contributions[VICTIM].reason
 
 
-def test_two_manifests_on_one_stream(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_other", [True, False])
+def test_two_manifests_on_one_stream(is_other: bool, swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
     group, outgoing = swarm.group(), swarm.prepare(deltas())
     other = forged(outgoing[VICTIM], swarm.identities[VICTIM], squared_norms={0: 1.0})
 
     async def send(original: Any, self: _Exchange, stream: FrameStream, member: str, next_part: int) -> None:
         await stream.send(allreduce._MANIFEST, self.outgoing.signed)
-        await stream.send(allreduce._MANIFEST, other.signed)
+        await stream.send(allreduce._MANIFEST, other.signed if is_other else self.outgoing.signed)
         await original(self, stream, member, max(0, next_part))
 
     on_member(monkeypatch, _Exchange, "_send_parts", group.members[VICTIM], send)
