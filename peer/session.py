@@ -86,6 +86,7 @@ from peer.state import (
     write_text,
 )
 from peer.stopping import StopRequested, StopSwitch
+from peer.tasks import held_out_digest
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,12 @@ class Session:
             recover_directory(self._dir / name)
         for name in ("rounds.jsonl", CONVICTIONS_NAME):
             repair_json_lines(self._dir / name)
-        self._best_task_score = kept_score(self._dir / "task_model", data.task.metric_name)
+        self._held_out = held_out_digest(data.task, data.validation.to_dict())
+        self._best_task_score = kept_score(self._dir / "task_model", data.task.metric_name, self._held_out)
+        if self._best_task_score is None and (self._dir / "task_model").exists():
+            reporter.note(
+                "task_model/ was chosen on other held-out examples or labels: the next one takes its place"
+            )
 
     def run(self, spec: RunSpec | None = None, first_state: State | None = None) -> str:
         """Take part until the run, this peer's rounds or its time are over, or it is told to stop.
@@ -352,7 +358,10 @@ class Session:
                 seed=self._config.seed,
                 on_progress=self._stop.checking(bar.update),
             )
-        if checkpoint is not None and checkpoint.head:
+        task = self._data.task.digest
+        if checkpoint is not None and checkpoint.extra.get("task", task) != task:
+            self._reporter.note("your labels are others than before: your head begins anew")
+        elif checkpoint is not None and checkpoint.head:
             self._learner.load_head_state(checkpoint.head)
 
     # taking part
@@ -944,6 +953,7 @@ class Session:
                 kept_delta=self._kept_delta,
                 residual=self._feedback.sent,
                 residuals=self._feedback.reduced_by_name(),
+                extra={"task": self._data.task.digest},
             )
         )
         addresses = [address for m in self._agreement.live() for address in m.record.addresses]
@@ -987,7 +997,7 @@ class Session:
         if score is None or not is_kept(score, self._best_task_score):
             return
         metric_name = self._data.task.metric_name
-        kept = KeptModel(what, round_, metric_name, score, self._learner.num_held_out)
+        kept = KeptModel(what, round_, metric_name, score, self._learner.num_held_out, self._held_out)
 
         def write(directory: Path) -> None:
             self._learner.save_task_model(directory, probe)

@@ -333,6 +333,7 @@ class KeptModel:
     metric_name: str
     score: float
     num_examples: int  # of the held-out split
+    held_out: str = ""  # `held_out_digest`: which split; empty: written by an earlier version
 
 
 def write_model_card(
@@ -425,12 +426,13 @@ def write_task_card(directory: Path, kept: KeptModel) -> None:
     (directory / _KEPT).write_text(json.dumps(asdict(kept), indent=1) + "\n", encoding="utf-8")
 
 
-def kept_score(directory: Path, metric_name: str) -> float | None:
-    """Of the classifier in `directory`; None where there is none, or one of another metric."""
+def kept_score(directory: Path, metric_name: str, held_out: str) -> float | None:
+    """Of the classifier in `directory`; None where there is none, or one of another metric or split."""
     try:
         kept = json.loads((directory / _KEPT).read_bytes())
-        return float(kept["score"]) if kept["metric_name"] == metric_name else None
-    except (OSError, ValueError, KeyError, TypeError):
+        is_comparable = kept["metric_name"] == metric_name and kept.get("held_out", "") in ("", held_out)
+        return float(kept["score"]) if is_comparable else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -55,6 +55,15 @@ class WaitingReporter(Reporter):
             yield bar
 
 
+class NotingReporter(WaitingReporter):
+    def __init__(self, on_waiting: Callable[[], None]) -> None:
+        super().__init__(on_waiting)
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 @pytest.fixture
 def _others_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_own = Learner.evaluate_own
@@ -200,3 +209,27 @@ def test_a_commit_that_comes_while_it_is_told_to_stop_is_kept_with_its_state(
         assert session.run() == "terminated"
         assert session._agreement.chain.round >= 1
         assert session._agreement.chain.state_hash == session._state.state_hash
+
+
+@pytest.mark.usefixtures("_others_never_come")
+def test_other_labels_begin_with_another_head_and_another_measure(tmp_path: Path) -> None:
+    """The same number of classes: nothing would fail, and the old head would mean something else."""
+    first, why = run_until(tmp_path, told_to_stop)
+    assert why == "terminated"
+    file = tmp_path / "data.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    config = replace(first._config, output_dir=tmp_path / "mine")
+    for renamed in (False, True):
+        for row in rows:
+            row["label"] = f"new {row['label']}" if renamed else row["label"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with StopSwitch(100.0).listening() as stop, CheckpointStore(config.output_dir) as store:
+            notes = NotingReporter(lambda: os.kill(os.getpid(), signal.SIGTERM))
+            session = Session(config, load_task_data(config.data), store, notes, stop, Manners())
+            assert session._best_task_score == (None if renamed else OWN_SCORE)
+            assert session.run() == "terminated"
+        told = "\n".join(notes.notes)
+        assert ("your labels are others than before" in told) is renamed
+        assert ("chosen on other held-out examples or labels" in told) is renamed
+    labels = json.loads((config.output_dir / "task_model" / "config.json").read_text())["id2label"]
+    assert all(name.startswith("new ") for name in labels.values())

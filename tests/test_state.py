@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -859,15 +860,19 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
 
 def test_the_card_of_the_own_classifier_says_which_one_it_is(tmp_path: Path) -> None:
     kept = KeptModel("your own finetuned backbone with its head", 3, "accuracy", 0.8125, 160)
-    assert kept_score(tmp_path, "accuracy") is None
+    assert kept_score(tmp_path, "accuracy", "rows") is None
     write_task_card(tmp_path, kept)
-    assert kept_score(tmp_path, "accuracy") == 0.8125
-    assert kept_score(tmp_path, "pearson") is None  # a score of another metric is no measure
+    assert kept_score(tmp_path, "accuracy", "rows") == 0.8125
+    assert kept_score(tmp_path, "pearson", "rows") is None  # a score of another metric is no measure
+    write_task_card(tmp_path, replace(kept, held_out="rows"))
+    assert kept_score(tmp_path, "accuracy", "rows") == 0.8125
+    assert kept_score(tmp_path, "accuracy", "others") is None  # nor one on other rows
     text = (tmp_path / "README.md").read_text()
     assert "This is your own finetuned backbone with its head, of round 3." in text
     assert "0.8125" in text
-    (tmp_path / "kept.json").write_text("[1]")
-    assert kept_score(tmp_path, "accuracy") is None
+    for broken in ("[1]", '"accuracy"', "{"):
+        (tmp_path / "kept.json").write_text(broken)
+        assert kept_score(tmp_path, "accuracy", "rows") is None
 
 
 NAN = float("nan")
@@ -892,6 +897,6 @@ def test_which_classifier_is_kept(score: float, best: float | None, expected: bo
 
 def test_what_an_earlier_process_kept_is_the_measure(tmp_path: Path) -> None:
     write_task_card(tmp_path, KeptModel("the fused backbone", 3, "accuracy", 0.8125, 160))
-    assert not is_kept(0.8, kept_score(tmp_path, "accuracy"))
-    assert is_kept(0.8125, kept_score(tmp_path, "accuracy"))
-    assert is_kept(0.1, kept_score(tmp_path, "pearson"))  # nothing of this metric is kept
+    assert not is_kept(0.8, kept_score(tmp_path, "accuracy", "rows"))
+    assert is_kept(0.8125, kept_score(tmp_path, "accuracy", "rows"))
+    assert is_kept(0.1, kept_score(tmp_path, "pearson", "rows"))  # nothing of this metric is kept

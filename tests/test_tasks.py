@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from peer.tasks import Task, majority_baseline, score
+from peer.tasks import Task, held_out_digest, majority_baseline, score
 
 CLASSIFY = Task("classification", is_pair=False, label_names=("bad", "fair", "good"))
 REGRESS = Task("regression", is_pair=True, label_names=())
@@ -60,3 +62,15 @@ def test_majority_baseline() -> None:
     assert majority_baseline(REGRESS, np.array([0.5, 1.5])) == 0.0
     with pytest.raises(ValueError, match="no labels"):
         majority_baseline(CLASSIFY, np.array([], dtype=np.int64))
+
+
+def test_scores_are_comparable_on_the_same_rows_with_the_same_labels_only() -> None:
+    task = Task(kind="classification", is_pair=False, label_names=("grim", "happy"))
+    rows: dict[str, list[Any]] = {"text": ["a", "b"], "label": [0, 1]}
+    same = held_out_digest(task, rows)
+    assert held_out_digest(Task("classification", False, ("grim", "happy")), dict(rows)) == same
+    turned = Task(kind="classification", is_pair=False, label_names=("happy", "grim"))
+    assert turned.digest != task.digest
+    assert held_out_digest(turned, rows) != same
+    assert held_out_digest(task, {**rows, "text": ["a", "c"]}) != same
+    assert held_out_digest(task, {**rows, "label": [1, 0]}) != same
