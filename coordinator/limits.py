@@ -152,7 +152,11 @@ class Recent(Generic[T]):
 
 
 class OpenStreams:
-    """How many streams each peer holds open here, and all of them together."""
+    """How many streams each peer holds open here, and all of them together.
+
+    Once half of the room is taken, a peer gets an eighth of what it could have before: a round needs few, and
+    a dozen peers that hold all they may must not leave the others without any.
+    """
 
     def __init__(self, max_per_peer: int, max_total: int) -> None:
         self._max_per_peer, self._max_total = max_per_peer, max_total
@@ -161,7 +165,9 @@ class OpenStreams:
 
     def open(self, peer_id: str) -> bool:
         """False when it has too many; else `close` must follow."""
-        if self._open.get(peer_id, 0) >= self._max_per_peer or self.total >= self._max_total:
+        is_crowded = 2 * self.total >= self._max_total
+        most = max(1, self._max_per_peer // 8) if is_crowded else self._max_per_peer
+        if self._open.get(peer_id, 0) >= most or self.total >= self._max_total:
             return False
         self._open[peer_id] = self._open.get(peer_id, 0) + 1
         self.total += 1

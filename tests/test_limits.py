@@ -104,8 +104,21 @@ def test_what_is_remembered_of_peers_is_bounded() -> None:
     assert len(calls._accounts) == MAX_PEERS_REMEMBERED
 
 
+def test_a_few_who_hold_all_they_may_leave_room_for_the_others() -> None:
+    streams = OpenStreams(max_per_peer=64, max_total=768)
+    greedy = [f"greedy {index}" for index in range(12)]
+    held = {peer: sum(streams.open(peer) for _ in range(100)) for peer in greedy}
+    assert max(held.values()) == 64
+    assert streams.total < 768 * 0.6
+    assert all(streams.open("honest") for _ in range(8))
+    assert not streams.open("honest")
+    for _ in range(held[greedy[0]]):
+        streams.close(greedy[0])
+    assert streams.open("honest")  # there is room again
+
+
 def test_open_streams() -> None:
-    streams = OpenStreams(max_per_peer=2, max_total=3)
+    streams = OpenStreams(max_per_peer=2, max_total=6)
     assert [streams.open("a") for _ in range(3)] == [True, True, False]
     assert [streams.open("b") for _ in range(2)] == [True, False]
     streams.close("a")
