@@ -28,7 +28,7 @@ from coordinator.records import RecordError, parse_json
 from coordinator.spec import MAX_SPEC_BYTES, RunSpec, load_spec, parse_spec, validate_spec
 from coordinator.transfer import Piece, fetch_blob, serve_blobs
 from peer.layout import CHUNK_SIZE_BYTES, StateManifest, TensorLayout, flat_bytes, make_manifest
-from peer.model import load_backbone, model_files, resolve_model, shared_bytes
+from peer.model import load_backbone, model_files, name_in_spec, resolve_model, shared_bytes
 from peer.outer import OUTER_OPTIMIZERS, buffer_names
 from peer.state import kept_run, replace_directory
 
@@ -103,7 +103,7 @@ def make_run(
     files = model_files(model_dir)
     spec = validate_spec(
         {
-            "model": model,
+            "model": name_in_spec(model),
             "revision": revision,
             "backbone_hash": state.state_hash,
             "num_parameters": layout.num_values,
@@ -112,7 +112,7 @@ def make_run(
         },
         source=source,
     )
-    _copy_files(spec, model_dir, base_dir)
+    copy_files(spec, model_dir, base_dir)
     return spec, state
 
 
@@ -246,7 +246,7 @@ def get_model_files(
         return _local_model(spec)
     model_dir = _local_model(spec)
     if model_dir is not None:
-        _copy_files(spec, model_dir, base_dir)
+        copy_files(spec, model_dir, base_dir)
         return model_dir
     replace_directory(base_dir, lambda directory: _download_files(network, spec, donors, directory, check))
     return None
@@ -386,7 +386,7 @@ def run_file(spec: RunSpec, directory: Path, name: str) -> bytes | None:
     return None
 
 
-def _copy_files(spec: RunSpec, model_dir: Path, base_dir: Path) -> None:
+def copy_files(spec: RunSpec, model_dir: Path, base_dir: Path) -> None:
     def write(directory: Path) -> None:
         for name in spec.files:
             content = run_file(spec, model_dir, name)

@@ -244,6 +244,12 @@ def resolve_model(name: str, revision: str | None) -> Path:
     return _download(name, revision)
 
 
+def name_in_spec(name: str) -> str:
+    """A directory by a path that nobody takes for a hub id: the others, who do not have it, read it, too."""
+    is_plain = not name.startswith(("/", ".", "~"))
+    return f"./{name}" if is_plain and Path(name).is_dir() else name
+
+
 def model_files(model_dir: Path) -> dict[str, FileEntry]:
     """Hash and size of the config and tokenizer files that are there, by name (MODEL_FILE_NAMES only).
 

@@ -14,12 +14,12 @@ from coordinator.errors import SpecError, UsageError
 from coordinator.identity import load_identity
 from coordinator.network import Network, NetworkConfig
 from coordinator.organizer import first_invite
-from coordinator.spec import RunSpec, load_spec
+from coordinator.spec import RunSpec, load_spec, validate_spec
 from peer.config import Reachability
 from peer.display import Reporter
-from peer.genesis import State, load_first_state, make_run, serve_run
+from peer.genesis import State, copy_files, has_files, load_first_state, make_run, serve_run
 from peer.ledger_file import LEDGER_NAME, Ledger
-from peer.model import resolve_model
+from peer.model import name_in_spec, resolve_model
 from peer.state import CheckpointStore, recover_directory, write_text
 from peer.stopping import StopRequested, StopSwitch
 
@@ -117,14 +117,27 @@ class EntryPoint:
             self._dir / "base",
             source=self._source,
         )
-        if complete and any(spec.model_dump(mode="json")[key] != self._values[key] for key in _COMPUTED_KEYS):
-            raise SpecError(f"the model {spec.model} is not the one whose hashes the spec file holds")
+        if complete:
+            spec = self._as_written(spec)
         write_text(path, spec.to_toml())
         return spec, state
 
+    def _as_written(self, made: RunSpec) -> RunSpec:
+        """A spec file that holds the hashes of its model already. Raises SpecError for another model."""
+        written = validate_spec(self._values, source=self._source)
+        model_dir = resolve_model(written.model, written.revision)
+        is_same = (made.backbone_hash, made.num_parameters) == (written.backbone_hash, written.num_parameters)
+        if not is_same or not has_files(written, model_dir):
+            raise SpecError(f"the model {written.model} is not the one whose hashes the spec file holds")
+        copy_files(written, model_dir, self._dir / "base")
+        return written
+
     def _reopen(self, spec: RunSpec) -> tuple[RunSpec, State]:
         stored = spec.model_dump(mode="json")
-        changed = [key for key, value in self._explicit.items() if stored.get(key) != value]
+        explicit = dict(self._explicit)
+        if stored["model"] != explicit.get("model") and "model" in explicit:
+            explicit["model"] = name_in_spec(explicit["model"])
+        changed = [key for key, value in explicit.items() if stored.get(key) != value]
         if changed:
             raise UsageError(
                 f"{self._dir} holds the run {spec.run_name} already, with another {', '.join(changed)}; "

@@ -834,10 +834,8 @@ def _lineage_table(commits: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return (
-        not os.path.exists(name)
-        and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
-    )
+    """By the name alone, so that the card is the same on every machine (`peer.model.name_in_spec`)."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
 
 
 def _base_model_name(base_model: str, revision: str | None) -> str:

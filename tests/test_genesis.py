@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from coordinator.errors import ModelError
 from coordinator.network import Network, PeerUnreachable
 from coordinator.spec import validate_spec
 from peer import genesis, state
 from peer.genesis import MAX_STATES_ON_DISK, State, StatesOnDisk, get_state, has_files, make_run, serve_run
 from peer.layout import TensorLayout, make_manifest
-from peer.model import load_classifier, load_tokenizer, save_task_model
+from peer.model import load_classifier, load_tokenizer, resolve_model, save_task_model
 from peer.state import Checkpoint, CheckpointStore
 from peer.tasks import Task
 from tests.fakes import CALL_SECONDS, make_spec, running_networks
@@ -124,3 +125,17 @@ def test_a_run_shares_no_label_names_of_its_base_model(tmp_path: Path) -> None:
     earlier = validate_spec({**spec.model_dump(mode="json"), "files": as_it_was}, source="a test")
     assert has_files(earlier, own)  # a run that an earlier version began
     assert not has_files(earlier, base)
+
+
+def test_a_directory_is_no_hub_id_for_those_who_do_not_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model_dir(tmp_path / "mine" / "model")
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"run_name": "t", "created_at": 1.0, "num_rounds": 1, "round_examples": 8}
+    spec, _ = make_run("mine/model", None, options, tmp_path / "base")
+    assert spec.model == "./mine/model"
+    assert resolve_model(spec.model, None) == Path("mine/model")
+    monkeypatch.chdir(tmp_path / "base")  # another machine
+    with pytest.raises(ModelError, match="no model directory"):  # and the hub is not asked for it
+        resolve_model(spec.model, None)

@@ -823,6 +823,8 @@ def test_a_local_base_model_is_no_hub_id_and_its_place_stays_private(tmp_path: P
     text = write_card(tmp_path, base_model="/home/alice/secret/minilm", base_revision=None)
     assert "base_model" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert "`minilm`, a local directory" in text
+    text = write_card(tmp_path, base_model="./mine/minilm", base_revision=None)  # wherever it is read
+    assert "`minilm`, a local directory" in text
     assert "alice" not in text
 
 
