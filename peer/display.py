@@ -34,6 +34,8 @@ are JSON integers, durations seconds, sizes bytes, hashes hexadecimal; what was 
     {"event": "paused", "round": int, "reason": str}
         it rests, by --schedule, --pause-when-busy or a signal; the others go on without it
     {"event": "resumed", "round": int}
+    {"event": "tested", "metric_name": str, "score": float, "num_examples": int}
+        at the end, where it is not told to stop: task_model/ on the test split, which nothing was chosen by
     {"event": "stopped", "round": int, "reason": str}
         always the last line of an orderly end
 
@@ -225,6 +227,12 @@ class Reporter:
     def resumed(self, round: int) -> None:
         if not self._emit("resumed", round=round):
             self._print(f"round {round}  goes on after a pause")
+
+    def tested(self, metric_name: str, score: float, num_examples: int) -> None:
+        """The own classifier, `task_model/`, on examples by which nothing was chosen."""
+        if not self._emit("tested", metric_name=metric_name, score=score, num_examples=num_examples):
+            shown = f"{clean(metric_name, 12)} {format_score(metric_name, score)}"
+            self._print(f"task_model/  {shown} on {num_examples} test examples")
 
     def stopped(self, round: int, reason: str) -> None:
         if not self._emit("stopped", round=round, reason=reason):

@@ -17,7 +17,15 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peer.data import TaskData, tokenize
-from peer.evaluate import Features, Probe, extract_features, fit_head, fit_probe, write_probe
+from peer.evaluate import (
+    Features,
+    Probe,
+    evaluate_classifier,
+    extract_features,
+    fit_head,
+    fit_probe,
+    write_probe,
+)
 from peer.finetune import Budget, FinetuneConfig, FinetuneResult, finetune
 from peer.layout import TensorLayout
 from peer.memory import release_freed_memory
@@ -28,6 +36,7 @@ from peer.model import (
     import_backbone,
     load_classifier,
     load_head_state,
+    load_saved_classifier,
     load_tokenizer,
     reset_head,
     save_task_model,
@@ -36,6 +45,7 @@ from peer.tasks import Task, errors, score
 
 Progress = Callable[[float], None]  # gets the fraction done
 MAX_HEAD_EXAMPLES = 512
+MAX_TEST_EXAMPLES = 10_000  # of a data set of the hub there may be hundreds of thousands
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,16 @@ class Learner:
         self._sleeping_head: dict[str, torch.Tensor] = {}  # while there is no model
         self._held_out = self._tokenize(data.validation, lambda f: on_progress(0.2 * f))
         self._train = self._tokenize(data.train, lambda f: on_progress(0.2 + 0.8 * f))
+        self._test = _sample(data.test, MAX_TEST_EXAMPLES, seed)  # not tokenized: needed once, at the end
         self._probe_train = _sample(self._train, num_head_examples(eval_examples), seed)
 
     @property
     def num_held_out(self) -> int:
         return len(self._held_out)
+
+    @property
+    def num_test(self) -> int:
+        return len(self._test)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -204,6 +219,23 @@ class Learner:
             save_task_model(self.model, self.tokenizer, directory)
         finally:
             self.load_head_state(own_head)
+
+    def score_saved(self, directory: Path, *, on_progress: Progress = lambda _: None) -> float:
+        """A classifier that `save_task_model` wrote, on the test examples: no choice was made by them.
+
+        Raises ModelError.
+        """
+        saved = load_saved_classifier(directory)
+        if self._model is not None:
+            torch.nn.Module.to(saved, self._model.device)  # (transformers' own `to` is not typed)
+        return evaluate_classifier(
+            self.task,
+            saved,
+            self._tokenize(self._test, lambda _: None),
+            self.tokenizer,
+            bf16=self._config.bf16,
+            on_progress=on_progress,
+        )
 
     def _tokenize(self, split: Dataset, on_progress: Progress) -> Dataset:
         length, is_pair = self._config.max_length, self.task.is_pair

@@ -340,6 +340,11 @@ def save_task_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     tokenizer.save_pretrained(output_dir)
 
 
+def load_saved_classifier(directory: Path) -> PreTrainedModel:
+    """What `save_task_model` wrote, in fp32 on the CPU. Raises ModelError."""
+    return _from_pretrained(AutoModelForSequenceClassification, directory, _load_config(directory))
+
+
 # ---- helpers ------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ from peer.state import (
     is_kept,
     kept_addresses,
     kept_convictions,
+    kept_model,
     kept_score,
     recover_directory,
     repair_json_lines,
@@ -193,6 +194,7 @@ class Session:
             spec = load_spec(self._dir / "run.toml")
         identity, organizer_key = load_identity(self._config.identity_file), self._config.organizer_key
         self._admission = admission_of(spec, self._config.invite, identity, self._dir, organizer_key)
+        is_over = False  # not told to stop: there is time to look at what came of it
         with (
             Ledger(self._dir / LEDGER_NAME) as self._ledger,
             Network(self._network_config(), self._about.counting(self._ledger.sent)) as self._network,
@@ -207,7 +209,11 @@ class Session:
                 self._save_checkpoint_if_entered()
                 self._say_goodbye()
                 raise
+            else:
+                is_over = True
             self._leave()
+        if is_over:
+            self._score_test()
         self._reporter.stopped(self._round if self._is_connected else 0, reason)
         return reason
 
@@ -1005,6 +1011,24 @@ class Session:
 
         replace_directory(self._dir / "task_model", write)
         self._best_task_score = score
+
+    def _score_test(self) -> None:
+        """What the own classifier is worth, on examples by which none was chosen."""
+        directory = self._dir / "task_model"
+        kept = kept_model(directory)
+        if kept is None or kept.held_out != self._held_out or self._learner.num_test == 0:
+            return
+        num_test = self._learner.num_test
+        try:
+            with self._reporter.progress("scoring task_model/ on the test examples", 1.0) as bar:
+                score = self._learner.score_saved(directory, on_progress=self._stop.checking(bar.update))
+            write_task_card(directory, replace(kept, test_score=score, num_test=num_test))
+        except StopRequested:
+            return
+        except (SwarmError, OSError) as error:  # the run is over, and all else of it is kept
+            logger.error("task_model/ is not scored on the test examples: %s", error)
+            return
+        self._reporter.tested(kept.metric_name, score, num_test)
 
     def _export_model(self) -> None:
         chain = self._agreement.chain

@@ -334,6 +334,8 @@ class KeptModel:
     score: float
     num_examples: int  # of the held-out split
     held_out: str = ""  # `held_out_digest`: which split; empty: written by an earlier version
+    test_score: float | None = None  # of the same metric, on examples by which nothing was chosen
+    num_test: int = 0  # so many
 
 
 def write_model_card(
@@ -419,11 +421,27 @@ def write_task_card(directory: Path, kept: KeptModel) -> None:
         "ones with a head fitted to them, and the one that the run began with. Only one that does no",
         "worse replaces it.",
         "The choice was made on those examples, so on new ones expect a little less.",
+        *_tested(kept),
         "",
         "It holds your label names. It has never left this machine.",
     ]
-    (directory / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    (directory / _KEPT).write_text(json.dumps(asdict(kept), indent=1) + "\n", encoding="utf-8")
+    write_text(directory / "README.md", "\n".join(text) + "\n")
+    write_text(directory / _KEPT, json.dumps(asdict(kept), indent=1) + "\n")
+
+
+def kept_model(directory: Path) -> KeptModel | None:
+    """Which classifier is in `directory`; None where there is none, or nobody can tell."""
+    try:
+        return KeptModel(**json.loads((directory / _KEPT).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _tested(kept: KeptModel) -> list[str]:
+    if kept.test_score is None:
+        return []
+    examples = f"{kept.num_test} test examples, by which nothing was chosen,"
+    return ["", f"Its {kept.metric_name} on {examples} is {kept.test_score:.4f}."]
 
 
 def kept_score(directory: Path, metric_name: str, held_out: str) -> float | None:

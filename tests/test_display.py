@@ -74,6 +74,7 @@ def tell_everything(reporter: Reporter, text: str = "max_seconds") -> None:
     reporter.verdict(3, True, num_rejections=3, num_votes=4, num_members=5)
     reporter.rolled_back(4, DIGEST, "worse", {"12D3KooWB": "deviant"})
     reporter.alone(round=4)
+    reporter.tested("accuracy", 0.75, 120)
     reporter.note(text)
     reporter.warning(text)
     reporter.table(text, ["peer", "accuracy"], [[text, 0.5], ["b", None]])
@@ -126,6 +127,7 @@ def test_the_events_are_as_documented() -> None:
             "left_out": {"12D3KooWB": "deviant"},
         },
         {"event": "alone", "round": 4},
+        {"event": "tested", "metric_name": "accuracy", "score": 0.75, "num_examples": 120},
         {"event": "stopped", "round": 4, "reason": "max_seconds"},
     ]
 
@@ -150,7 +152,7 @@ def test_json_lines_stay_lines_and_ascii_whatever_others_say(caplog: pytest.LogC
     assert json.loads(lines[-1])["reason"] == HOSTILE  # exact, for scripts
     assert stream.getvalue().isascii()
     assert "\x1b" not in stream.getvalue() + caplog.text
-    assert len(lines) == 12
+    assert len(lines) == 13
 
 
 def test_what_is_not_a_number_is_null() -> None:

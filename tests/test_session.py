@@ -24,14 +24,15 @@ from coordinator.errors import AccessError, NetworkError, StateError
 from coordinator.network import Network
 from coordinator.spec import RunSpec
 from peer import session as session_module
-from peer.data import load_task_data
+from peer.data import load_task_data, tokenize
 from peer.display import ProgressBar, Reporter
+from peer.evaluate import evaluate_classifier
 from peer.layout import make_manifest
 from peer.learner import Evaluation, Learner
 from peer.manners import Manners
-from peer.model import load_backbone
+from peer.model import load_backbone, load_saved_classifier, load_tokenizer
 from peer.session import Session
-from peer.state import CheckpointStore, Conviction, kept_convictions
+from peer.state import CheckpointStore, Conviction, kept_convictions, kept_model
 from peer.stopping import StopSwitch
 from tests.fakes import hash_of, peer
 from tests.test_private_swarm import private_run
@@ -233,3 +234,23 @@ def test_other_labels_begin_with_another_head_and_another_measure(tmp_path: Path
         assert ("chosen on other held-out examples or labels" in told) is renamed
     labels = json.loads((config.output_dir / "task_model" / "config.json").read_text())["id2label"]
     assert all(name.startswith("new ") for name in labels.values())
+
+
+def test_at_the_end_the_own_classifier_is_scored_on_the_test_examples(tmp_path: Path) -> None:
+    config, spec, state = private_run(tmp_path, num_rounds=1)
+    data, stream = load_task_data(config.data), io.StringIO()
+    with StopSwitch(100.0).listening() as stop, CheckpointStore(config.output_dir) as store:
+        session = Session(config, data, store, Reporter(True, stream=stream), stop, Manners())
+        assert session.run(spec, state) == "all rounds are committed"
+    events = {event["event"]: event for event in map(json.loads, stream.getvalue().splitlines())}
+    tested = events["tested"]
+    assert (tested["metric_name"], tested["num_examples"]) == ("accuracy", len(data.test))
+    saved = load_saved_classifier(config.output_dir / "task_model")
+    tokenizer = load_tokenizer(config.output_dir / "task_model")
+    rows = tokenize(data.test, tokenizer, 16, is_pair=data.task.is_pair)
+    assert tested["score"] == evaluate_classifier(data.task, saved, rows, tokenizer)
+    card = (config.output_dir / "task_model" / "README.md").read_text()
+    assert f"on {len(data.test)} test examples, by which nothing was chosen, is {tested['score']:.4f}" in card
+    kept = kept_model(config.output_dir / "task_model")
+    assert kept is not None
+    assert kept.test_score == tested["score"]
