@@ -101,12 +101,15 @@ def tcp_endpoint(address: str) -> tuple[str, int] | None:
 
 
 def _is_ip(host: str) -> bool:
-    """Else the name would be looked up, which another peer must not be able to make us do."""
+    """Else the name would be looked up, which another peer must not be able to make us do.
+
+    An IPv6 address with a zone is looked up as well (fe80::1%eth0), and a zone means nothing elsewhere.
+    """
     try:
         ipaddress.ip_address(host)
     except ValueError:
         return False
-    return True
+    return "%" not in host
 
 
 async def _refuses(endpoint: tuple[str, int] | None) -> bool:
@@ -120,7 +123,8 @@ async def knock(endpoint: tuple[str, int], seconds: float) -> Knocked:
             _, writer = await asyncio.open_connection(*endpoint)
     except ConnectionRefusedError:
         return "refused"
-    except (OSError, OverflowError):  # no way there, silence (TimeoutError is an OSError), or no port
+    # No way there, silence (TimeoutError is an OSError), no port, or no host (UnicodeError is a ValueError).
+    except (OSError, OverflowError, ValueError):
         return "silent"
     writer.close()
     with suppress(OSError):

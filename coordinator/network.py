@@ -635,7 +635,7 @@ class Network:
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self.p2p._client.connect(PeerID.from_base58(peer_id), [_dialable(transport)])
-        except _TRANSPORT_ERRORS as error:
+        except (*_TRANSPORT_ERRORS, ValueError) as error:  # ValueError: another peer made the address up
             return _reason(error, timeout_seconds)
         return None
 
@@ -694,7 +694,8 @@ def _reachability_options(config: NetworkConfig) -> dict[str, Any]:
         options["force_reachability"] = config.reachability
     if config.reachability == "private":
         options["use_auto_relay"] = True
-        options["trusted_relays"] = [*config.initial_peers, *config.remembered_peers] or None
+        remembered = [address for address in config.remembered_peers if is_entry_address(address)]
+        options["trusted_relays"] = [*config.initial_peers, *remembered] or None
     return options
 
 
@@ -735,6 +736,20 @@ def _check_address(address: str, *, is_entry_point: bool = False) -> None:
         raise UsageError(
             f"{address!r} does not end in /p2p/PEER_ID: give the whole address that the peer printed"
         )
+    if is_entry_point:
+        _check_dialable(address)
+
+
+def _check_dialable(address: str) -> None:
+    """A multiaddress may write a peer id as any CID; hivemind and the daemon read base58 only."""
+    transport, peer_id = _split_address(address)
+    try:
+        PeerID.from_base58(peer_id)
+        str(_dialable(transport))  # written out, as only that parses the bytes
+    except ValueError as error:
+        raise UsageError(
+            f"{address!r} cannot be dialled: write each peer id as the peer prints it ({error})"
+        ) from error
 
 
 def _split_address(address: str) -> tuple[str, str]:
@@ -744,7 +759,10 @@ def _split_address(address: str) -> tuple[str, str]:
 
 
 def _dialable(transport: str) -> Multiaddr:
-    """hivemind writes the id of a relay as a CID, which the daemon does not read: here it is a multihash."""
+    """hivemind writes the id of a relay as a CID, which the daemon does not read: here it is a multihash.
+
+    Raises ValueError where an id is not base58.
+    """
     base, _, rest = transport.partition("/p2p/")
     if not rest:
         return Multiaddr(transport)

@@ -12,7 +12,7 @@ import pytest
 
 from coordinator import departures as departures_module
 from coordinator.chain import Chain
-from coordinator.departures import NUM_REFUSALS, Departures, is_refused, tcp_endpoint
+from coordinator.departures import NUM_REFUSALS, Departures, is_refused, knock, tcp_endpoint
 from coordinator.errors import NetworkError
 from coordinator.membership import Member, Membership
 from coordinator.records import sign
@@ -181,6 +181,18 @@ def test_only_plain_addresses_are_dialled() -> None:
         assert tcp_endpoint(address) is None
     for address in ("", "/", "/ip4", "/ip4/1.2.3.4/tcp/-1", "/ip4/1.2.3.4/tcp/x", "/ip4/1.2.3.4/tcp/999999"):
         assert tcp_endpoint(address) is None
+    for zone in ("eth0", "z" * 70):
+        assert tcp_endpoint(f"/ip6/fe80::1%{zone}/tcp/5") is None
+
+
+def test_a_made_up_address_does_not_end_the_looking(closed: str) -> None:
+    watched = Watched(f"/ip6/fe80::1%{'z' * 70}/tcp/1", closed)
+    watched.look(2 * NUM_REFUSALS)
+    assert len(watched.live()) == 1  # an address that cannot be dialled refuses nothing
+
+
+def test_a_host_that_is_none_is_silent() -> None:
+    assert asyncio.run(knock(("z" * 70, 1), CALL_SECONDS)) == "silent"
 
 
 def test_the_daemon_knows_who_is_connected(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ from coordinator.records import RecordError
 from tests.fakes import CALL_SECONDS, addresses, network_config, new_directory, peer, running_networks
 
 NOBODY = peer("nobody")
+# Ids of relays as CIDs: multiaddresses by their grammar, which neither hivemind nor the daemon can dial.
+RELAY_IN_HEX = "f01721220" + 32 * "ab"
+RELAY_IN_BASE32 = "bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe"
 
 
 async def echo(peer_id: str, body: Any) -> bytes:
@@ -232,6 +235,10 @@ def test_a_wrong_address_is_told_before_anything_is_started(
         (f"/dns4/example.org/tcp/1/p2p/{NOBODY}", True),
         (f"/ip4/127.0.0.1/tcp/1/p2p/{peer('relay')}/p2p-circuit/p2p/{NOBODY}", True),
         (f"/ip4/127.0.0.1/tcp/1/p2p/{peer('relay')}/p2p-circuit", False),
+        (f"/ip4/127.0.0.1/tcp/1/p2p/{RELAY_IN_HEX}/p2p-circuit/p2p/{NOBODY}", False),
+        (f"/ip4/127.0.0.1/tcp/1/p2p/{RELAY_IN_BASE32}/p2p-circuit/p2p/{NOBODY}", False),
+        (f"/p2p/{peer('relay')}/p2p-circuit/p2p/{NOBODY}", False),
+        (f"/ip4/127.0.0.1/tcp/1/p2p/{RELAY_IN_HEX}", False),
         (f"/p2p/{NOBODY}", False),
         ("/ip4/127.0.0.1/tcp/1", False),
         ("", False),
@@ -241,6 +248,31 @@ def test_a_wrong_address_is_told_before_anything_is_started(
 )
 def test_addresses_from_other_peers_can_be_tried(address: str, expected: bool) -> None:
     assert is_entry_address(address) is expected
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_a_made_up_address_costs_nothing_but_itself(
+    pair: list[Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_checked: bool
+) -> None:
+    """Of a heartbeat, also where the check has missed it: a lost peer is reached at its other address."""
+    bad = f"/ip4/127.0.0.1/tcp/1/p2p/{RELAY_IN_HEX}/p2p-circuit/p2p/{pair[0].peer_id}"
+    if not is_checked:
+        monkeypatch.setattr(network_module, "is_entry_address", lambda _: True)
+    with Network(network_config(tmp_path / "k")) as lost:
+        lost.remember(pair[0].peer_id, [bad, addresses(pair[0])[0]])
+        lost.run(lost._reach(pair[0].peer_id), timeout_seconds=CALL_SECONDS)
+        assert pair[0].peer_id in lost.run(lost.connected(), timeout_seconds=CALL_SECONDS)
+
+
+def test_made_up_addresses_of_peers_met_earlier_do_not_keep_a_peer_from_starting(
+    pair: list[Network], tmp_path: Path
+) -> None:
+    bad = f"/ip4/127.0.0.1/tcp/1/p2p/{RELAY_IN_HEX}/p2p-circuit/p2p/{pair[1].peer_id}"
+    config = network_config(
+        tmp_path / "k", remembered_peers=(bad, addresses(pair[1])[0]), reachability="private"
+    )
+    with Network(config) as network:
+        assert network.entry_points == [pair[1].peer_id]
 
 
 def test_dead_entry_points_are_named_and_no_process_is_left(tmp_path: Path) -> None:
