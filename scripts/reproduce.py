@@ -1,12 +1,13 @@
 """Does a swarm help? The experiments of ColD Fusion and its baselines, made again with our own code.
 
-    python -m scripts.reproduce --data-dir DATA --out results/
+    python -m scripts.reproduce --data-dir DATA --out my-results
 
 DATA holds a folder of train.csv, validation.csv and test.csv for each data set. Sizes and seeds are those of
 scripts/reproduce.toml. The work is done in pieces, each kept when it is done, so the same command goes on
 where it was stopped. OUT/work holds them (some 8 GB of models at night size, and the scores: these are small,
 and a model is made again only where one is missing); OUT gets README.md with tables and plots, and every
-figure as JSON. Experiments 1 to 7 are claims; 8 looks for what makes it better.
+figure as JSON. An OUT with figures of pieces that its work folder lacks, as results/ in a clone, is left as
+it is. Experiments 1 to 7 are claims; 8 looks for what makes it better.
 
     --list              what is done, what is to do, and about how long it takes
     --only 1 2          these experiments
@@ -74,7 +75,7 @@ def _main(flags: argparse.Namespace) -> int:
     find_datasets(flags.data_dir, profile.datasets)  # all, before anything is spent
     if not flags.no_plots:
         _require_matplotlib()
-    work = _claim(flags.out, profile)
+    work = _claim(flags.out, profile, reads_only=flags.list)
     switch, commit = StopSwitch(), _commit()
     with locked(work), switch.listening():
         lab = Lab(profile, flags.data_dir, work, switch=switch, commit=commit)
@@ -167,34 +168,53 @@ def _print_list(lab: Lab, pieces: Pieces, console: Console) -> None:
 # ---- the folder ---------------------------------------------------------------------------
 
 
-def _claim(out: Path, profile: Profile) -> Path:
+def _claim(out: Path, profile: Profile, *, reads_only: bool) -> Path:
     """The folder of the pieces. Raises StateError, UsageError."""
     file = out / "settings.json"
     settings = {"program": PROGRAM, "profile": profile.name, "model": _model_name(profile)}
     try:
         if out.is_dir() and any(out.iterdir()) and not file.exists():
             raise StateError(f"--out {out} holds other files: name an empty or a new folder")
+        if file.exists():
+            _check_settings(out, file, settings)
+            if not reads_only:
+                _check_work(out)
         (out / "work").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StateError(f"--out {out} cannot be used: {error.strerror}") from error
-    if file.exists():
-        there = _read_settings(file)
-        if there != settings:
-            raise UsageError(
-                f"--out {out} holds results of profile {there.get('profile')}, model {there.get('model')}: "
-                "name another --out"
-            )
-    else:
+    if not file.exists():
         write_text(file, json.dumps(settings) + "\n")
     write_text(out / "work" / ".gitignore", "/runs/\n/books/\n/.lock\n")  # gigabytes
     return out / "work"
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _check_settings(out: Path, file: Path, settings: dict[str, Any]) -> None:
     there = read_json(file, advice="restore or delete it")
     if there.get("program") != PROGRAM:
         raise StateError(f"{file} is not of this program: name an empty or a new folder")
-    return there
+    if there != settings:
+        raise UsageError(
+            f"--out {out} holds results of profile {there.get('profile')}, model {there.get('model')}: "
+            "name another --out"
+        )
+
+
+def _check_work(out: Path) -> None:
+    """Raises StateError where tables are of pieces that are not here, as in a clone without them: tables
+    of what is here would take their place.
+
+    Pieces are counted by their times, which stay when models are deleted to make room.
+    """
+    made, times = out / "made.json", out / "work" / "times.jsonl"
+    if not made.exists():
+        return
+    num_told = sum(read_json(made, ("commits",), advice="restore it")["commits"].values())
+    num_here = len(times.read_text(encoding="utf-8").splitlines()) if times.exists() else 0
+    if num_told > num_here:
+        raise StateError(
+            f"--out {out} holds figures of work that is not in {times} ({num_here} of {num_told} lines), so "
+            "they would be lost: name another --out, or say --redraw for the same figures once more"
+        )
 
 
 def _minutes(text: str) -> float:

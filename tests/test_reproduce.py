@@ -35,7 +35,7 @@ from scripts.experiments import (
 )
 from scripts.lab import Lab, locked, validation_texts
 from scripts.report import Provenance, readme, write_report
-from scripts.reproduce import CONFIG, main
+from scripts.reproduce import CONFIG, _check_work, main
 from scripts.simulate import Plan
 from tests.tiny_models import make_model_dir, make_texts
 
@@ -382,6 +382,30 @@ def test_a_folder_of_others_is_left_alone(data_dir: Path, model_dir: Path, tmp_p
     assert reproduce(data_dir, model_dir, tmp_path) == 6
     assert not (tmp_path / "work" / "times.jsonl").exists()
     assert reproduce(tmp_path / "none", model_dir, tmp_path / "out") == 3
+
+
+def test_results_whose_work_is_elsewhere_are_left_alone(
+    data_dir: Path, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a clone of the repository, where the work of the night is not."""
+    assert reproduce(data_dir, model_dir, tmp_path, "--max-minutes", "0") == 0
+    write_report(tmp_path, hand_made(), PROVENANCE)
+    shutil.rmtree(tmp_path / "work")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for flags in (("--max-minutes", "0"), ("--only", "6"), ()):
+        assert reproduce(data_dir, model_dir, tmp_path, *flags) == 6
+        told = capsys.readouterr().err
+        assert "(0 of 3 lines)" in told
+        assert "name another --out, or say --redraw" in told
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert reproduce(data_dir, model_dir, tmp_path, "--list") == 0
+    (tmp_path / "work" / "times.jsonl").write_text('{"piece": "a", "seconds": 1, "commit": "abc"}\n' * 3)
+    assert reproduce(data_dir, model_dir, tmp_path, "--max-minutes", "0", "--no-plots") == 0
+
+
+@pytest.mark.parametrize("name", ["baselines", "variants"])
+def test_the_work_in_the_repository_goes_on(name: str) -> None:
+    _check_work(CONFIG.parent.parent / "results" / name)  # no StateError
 
 
 @pytest.mark.slow
