@@ -313,8 +313,11 @@ def _judge_classes(figures: DataFigures) -> list[Check]:
     return [Check("classes", "ok", said, "", numbers)]
 
 
-def judge_lengths(num_rows: int, num_cut: int, max_length: int, longest: int, num_in_all: int) -> Check:
-    """`num_rows`: looked at, the first of `num_in_all`; `longest`: tokens of the longest of them."""
+def judge_lengths(
+    num_rows: int, num_cut: int, max_length: int, longest: int, num_in_all: int, *, can_raise: bool = True
+) -> Check:
+    """`num_rows`: looked at, the first of `num_in_all`; `longest`: tokens of the longest of them;
+    `can_raise`: the model takes longer texts than `max_length`."""
     figures = {
         "num_rows": num_rows,
         "num_in_all": num_in_all,
@@ -328,7 +331,12 @@ def judge_lengths(num_rows: int, num_cut: int, max_length: int, longest: int, nu
         return Check("length", "ok", what, "", figures)
     said = f"{num_cut} of {rows} are cut at {max_length} tokens (longest: {longest})"
     if num_cut > MANY_CUT * num_rows:
-        return Check("length", "warning", said, "raise --max-length: slower, but nothing is lost", figures)
+        fix = (
+            "raise --max-length: slower, but nothing is lost"
+            if can_raise
+            else "the model takes no longer ones: split the texts, or put first what matters"
+        )
+        return Check("length", "warning", said, fix, figures)
     return Check("length", "ok", said, "", figures)
 
 

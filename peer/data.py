@@ -98,8 +98,9 @@ def tokenize(
 ) -> Dataset:
     """Columns input_ids, attention_mask, [token_type_ids], labels, length (tokens), in memory.
 
-    Texts are cut to `max_length` tokens (of a pair, the longer text first), or to what the tokenizer
-    allows if that is less; padding is left to the batches. `on_progress` gets the fraction done.
+    Texts are cut to `max_length` tokens (of a pair, the longer text first), or to what the model allows
+    if that is less (`peer.model.load_tokenizer` knows it); padding is left to the batches. `on_progress`
+    gets the fraction done.
     """
     if max_length < 8:
         raise UsageError(f"A maximum length of {max_length} tokens leaves no room for text: use 8 or more.")

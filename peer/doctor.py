@@ -430,9 +430,11 @@ class Examination:
         assert self._data is not None
         assert self._model_dir is not None
         lengths = token_lengths(self._data, self._model_dir)
-        limit = max_tokens(self._model_dir, self._config.finetune.max_length)
+        most = max_tokens(self._model_dir)
+        limit = min(self._config.finetune.max_length, most)
         num_cut, num_in_all = sum(n > limit for n in lengths), len(self._data.train)
-        return [judge_lengths(len(lengths), num_cut, limit, max(lengths), num_in_all)]
+        can_raise = limit < most
+        return [judge_lengths(len(lengths), num_cut, limit, max(lengths), num_in_all, can_raise=can_raise)]
 
     def _examine_speed(self) -> list[Check]:
         from peer.checkup import judge_speed

@@ -220,7 +220,11 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-grad-norm", type=float, metavar="G")
     group.add_argument(
-        "--max-length", "--max-seq-length", type=int, metavar="N", help="tokens of a text (default: 128)"
+        "--max-length",
+        "--max-seq-length",
+        type=int,
+        metavar="N",
+        help="tokens of a text, as far as the model takes them (default: 128)",
     )
     group.add_argument(
         "--head-init",

@@ -282,7 +282,10 @@ def shared_bytes(file: Path) -> bytes:
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """Raises ModelError when `model_dir` holds no tokenizer that loads without foreign code."""
+    """Its `model_max_length` is at most what the model has positions for: many tokenizers set none.
+
+    Raises ModelError when `model_dir` holds no tokenizer that loads without foreign code.
+    """
     if not any((model_dir / name).is_file() for name in _VOCABULARY_FILE_NAMES):
         raise ModelError(
             f"{model_dir} holds no tokenizer: it needs one of {', '.join(_VOCABULARY_FILE_NAMES)}"
@@ -298,6 +301,7 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{model_dir} holds no tokenizer for text")
     if tokenizer.pad_token_id is None:
         raise ModelError(f"the tokenizer in {model_dir} has no padding token, so it cannot make batches")
+    tokenizer.model_max_length = min([tokenizer.model_max_length, *_num_positions(model_dir)])
     return tokenizer
 
 
@@ -403,6 +407,21 @@ def _load_config(model_dir: Path) -> PretrainedConfig:
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
         raise ModelError(f"{model_dir} holds a {config.model_type} decoder; only encoders can be fused here")
     return config
+
+
+def _num_positions(model_dir: Path) -> list[int]:
+    """Of the longest text that its tables of absolute positions allow; empty for relative and rotary ones."""
+    config = _load_config(model_dir)
+    with torch.device("meta"):  # shapes without memory
+        model = _from_config(AutoModel, model_dir, config)
+    found = [
+        # RoBERTa and its kin number the tokens from behind the padding id on
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(table, nn.Embedding)
+    ]
+    said = getattr(config, "max_position_embeddings", None)
+    return [min(found[0], said) if isinstance(said, int) else found[0]] if found else []
 
 
 def _from_pretrained(auto_class: Any, model_dir: Path, config: PretrainedConfig) -> PreTrainedModel:

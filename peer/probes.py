@@ -213,9 +213,9 @@ def token_lengths(data: TaskData, model_dir: Path) -> list[int]:
     ]
 
 
-def max_tokens(model_dir: Path, wanted: int) -> int:
-    """What `peer.data.tokenize` cuts at."""
-    return min(wanted, load_tokenizer(model_dir).model_max_length)
+def max_tokens(model_dir: Path) -> int:
+    """The most that `peer.data.tokenize` leaves of a text, whatever `--max-length` says."""
+    return load_tokenizer(model_dir).model_max_length
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,8 @@ def test_lengths_of_some_rows_are_not_told_as_of_all() -> None:
     assert (
         judge_lengths(100, 3, 128, 300, 100).message == "3 of 100 rows are cut at 128 tokens (longest: 300)"
     )
+    assert "raise --max-length" in judge_lengths(100, 50, 128, 600, 100).fix
+    assert "takes no longer ones" in judge_lengths(100, 50, 512, 600, 100, can_raise=False).fix
     some = judge_lengths(100, 3, 128, 300, 5000)
     assert some.message == "3 of the first 100 rows are cut at 128 tokens (longest: 300)"
     assert some.figures["num_in_all"] == 5000

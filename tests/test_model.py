@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, pipeline
 
 from coordinator.errors import ModelError
+from peer.data import tokenize
 from peer.layout import TensorLayout
 from peer.model import (
     backbone_parameters,
@@ -281,6 +284,39 @@ def test_decoders_are_refused(bert_dir: Path, tmp_path: Path) -> None:
     gpt2.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ModelError, match="Linear with a bias"):
         load_classifier(tmp_path / "gpt2", TASK, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "most"), [("bert", 64), ("roberta", 65), ("distilbert", 64), ("electra", 64)]
+)
+def test_a_text_gets_no_more_tokens_than_the_model_has_positions(
+    model_dirs: dict[str, Path], tmp_path: Path, family: str, most: int
+) -> None:
+    """RoBERTa's 66 begin behind the padding id, here 0."""
+    directory = without_max_length(model_dirs[family], tmp_path)
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.model_max_length == most
+    texts = Dataset.from_dict({"text": ["the film was good " * 40], "label": [1]})
+    rows = tokenize(texts, tokenizer, 512, is_pair=False)
+    assert rows["length"] == [most]
+    model = AutoModel.from_pretrained(directory)
+    model(torch.tensor(rows["input_ids"]), torch.tensor(rows["attention_mask"]))  # no RuntimeError
+
+
+def test_relative_and_rotary_positions_set_no_limit(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    for family in ("deberta-v2", "modernbert"):
+        directory = without_max_length(model_dirs[family], tmp_path / family)
+        assert load_tokenizer(directory).model_max_length > 10**6
+
+
+def without_max_length(model_dir: Path, copy: Path) -> Path:
+    """As the tokenizers of many models are published."""
+    shutil.copytree(model_dir, copy, dirs_exist_ok=True)
+    file = copy / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config))
+    return copy
 
 
 def test_missing_tokenizer_is_told(bert_dir: Path, tmp_path: Path) -> None:
