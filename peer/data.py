@@ -39,6 +39,7 @@ _LABEL_COLUMNS = ({"label", "labels"}, {
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _INTEGRAL = re.compile(r"[+-]?[0-9]+(\.0+)?")
 _MISSING_AMONG_NUMBERS = ("na", "n/a", "null", "none")  # among words these may be a class ("none")
+_MAX_TARGET = 1e12  # float32 ends at 3e38, and a batch sums squares: of targets, and of their gradients
 _MANY_VALUES = 10  # more distinct fractional targets than this are a scale, not classes
 
 
@@ -434,6 +435,13 @@ def _check_numeric(split: _Split, columns: _Columns) -> None:
             f"{split.place(set(strange).__contains__)}, column '{columns.label}': the target "
             f"{short(strange[0])} is not a finite number, as regression needs (1.5, with a point). Mend it, "
             "or use --task classification."
+        )
+    huge = [label for label in split.labels if abs(float(label)) > _MAX_TARGET]
+    if huge:
+        raise DataError(
+            f"{split.place(set(huge).__contains__)}, column '{columns.label}': the target {short(huge[0])} "
+            f"is farther from 0 than {_MAX_TARGET:.0e}, too far to train on in single precision. Mend it, "
+            "or give all targets in a larger unit."
         )
 
 

@@ -305,6 +305,16 @@ def test_each_class_keeps_an_example_for_training(
     assert {row["label"] for row in splits["train"]} == set(range(len(counts)))
 
 
+@pytest.mark.parametrize("target", ["1e39", "-3e38", "2e12"])
+def test_a_target_beyond_single_precision_is_told_where_it_is(tmp_path: Path, target: str) -> None:
+    """1e39 is infinite in float32, and the square of 3e38 is."""
+    frame = pd.DataFrame({"text": [f"t{i}" for i in range(20)], "label": ["0.5", "-1e12"] * 10})
+    assert load(save(frame, tmp_path / "far.csv"), task="regression").task.kind == "regression"
+    frame.loc[2, "label"] = target
+    with pytest.raises(DataError, match=rf"line 4, column 'label': the target '{target}' is farther from 0"):
+        load(save(frame, tmp_path / "x.csv"), task="regression")
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.49])
 def test_a_small_regression_leaves_two_examples_to_train_on(tmp_path: Path, fraction: float) -> None:
     path = write_csv(tmp_path / "a.csv", "text,label", "a,0.5", "b,1.5", "c,2.5", "d,3.5")
