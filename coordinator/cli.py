@@ -303,7 +303,21 @@ def spec_options(
     args: argparse.Namespace, *, seed: int, from_file: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Keys of the spec that a person chose: explicit flag beats file beats default."""
-    flags = {
+    options = {**(from_file or {}), **said_options(args)}
+    if options.get("round_examples") is None and options.get("round_seconds") is None:
+        options["round_examples"] = DEFAULT_ROUND_EXAMPLES
+    options.setdefault("num_rounds", DEFAULT_NUM_ROUNDS)
+    outer_lr = DEFAULT_OUTER_LR.get(str(options.get("outer_optimizer")))
+    if outer_lr is not None:
+        options.setdefault("outer_lr", outer_lr)
+    options.setdefault("created_at", round(time.time(), 3))
+    options.setdefault("seed", seed)
+    return options
+
+
+def said_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keys of the spec that flags name, also where they say what is the default."""
+    keys = {
         "run_name": args.run_name,
         "num_rounds": args.rounds,
         "round_examples": args.round_examples,
@@ -331,16 +345,7 @@ def spec_options(
         "gate_max_rollbacks": args.gate_max_rollbacks,
         "lease_seconds": args.lease_seconds,
     }
-    options = {**(from_file or {}), **{key: value for key, value in flags.items() if value is not None}}
-    if options.get("round_examples") is None and options.get("round_seconds") is None:
-        options["round_examples"] = DEFAULT_ROUND_EXAMPLES
-    options.setdefault("num_rounds", DEFAULT_NUM_ROUNDS)
-    outer_lr = DEFAULT_OUTER_LR.get(str(options.get("outer_optimizer")))
-    if outer_lr is not None:
-        options.setdefault("outer_lr", outer_lr)
-    options.setdefault("created_at", round(time.time(), 3))
-    options.setdefault("seed", seed)
-    return options
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def default_run_name(model: str) -> str:

@@ -24,6 +24,7 @@ from coordinator.cli import (
     positive,
     read_toml,
     run_main,
+    said_options,
     spec_options,
 )
 from coordinator.errors import UsageError
@@ -52,7 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--spec", type=Path, metavar="FILE", help="take what the flags do not say from this TOML file"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of the run (default: 0)")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: the name of the run")
     parser.add_argument("--max-seconds", type=positive, metavar="S", help="stop serving after this time")
     add_network_arguments(parser)
@@ -90,13 +91,7 @@ def _start(args: argparse.Namespace) -> int:
 
 def _values(args: argparse.Namespace) -> dict[str, Any]:
     """What the person wants of the spec; what follows from the model is still missing."""
-    from_file = read_toml(args.spec) if args.spec else {}
-    values = spec_options(args, seed=args.seed, from_file=from_file)
-    for key, flag in (("model", args.model), ("revision", args.revision)):
-        if flag is not None:
-            values[key] = flag
-    if args.private:
-        values["organizer"] = load_organizer(args.organizer_key).peer_id
+    values = spec_options(args, seed=0, from_file=_explicit(args))
     if "model" not in values:
         stored = args.output_dir / "run.toml" if args.output_dir else None
         if stored is None or not stored.exists():
@@ -110,14 +105,13 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _explicit(args: argparse.Namespace) -> dict[str, Any]:
     """Only what was said on this command line or in --spec: it must not contradict a run begun earlier."""
-    said = spec_options(args, seed=args.seed, from_file=read_toml(args.spec) if args.spec else {})
-    implied = spec_options(argparse.Namespace(**dict.fromkeys(vars(args))), seed=args.seed)
-    changed = {key: value for key, value in said.items() if implied.get(key) != value and key != "created_at"}
-    if args.model is not None:
-        changed["model"] = args.model
+    said = {**(read_toml(args.spec) if args.spec else {}), **said_options(args)}
+    for key in ("model", "revision", "seed"):
+        if getattr(args, key) is not None:
+            said[key] = getattr(args, key)
     if args.private:
-        changed["organizer"] = load_organizer(args.organizer_key).peer_id
-    return changed
+        said["organizer"] = load_organizer(args.organizer_key).peer_id
+    return said
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def add_join_arguments(parser: argparse.ArgumentParser, *, needs_output_dir: boo
     add_private_arguments(parser)
     add_output_arguments(parser)
     add_run_arguments(
-        parser, title="a new run (without --initial-peers); --rounds N also with them: leave after N rounds"
+        parser,
+        title="a new run (without --initial-peers); --rounds N of one joined or resumed: leave after N",
     )
 
 
@@ -387,7 +388,7 @@ def make_config(args: argparse.Namespace) -> PeerConfig:
         listens=not args.no_listen,
         reachability=args.reachability,
         announce_maddrs=tuple(args.announce_maddrs),
-        num_rounds=args.rounds if args.initial_peers else None,
+        num_rounds=None if _begins(args) else args.rounds,
         max_seconds=args.max_seconds,
         linger_seconds=args.linger_seconds,
         name=tidy_name(args.name),
@@ -397,6 +398,11 @@ def make_config(args: argparse.Namespace) -> PeerConfig:
         max_upload_bytes_per_second=_upload_rate(args.max_upload_mbps),
         seed=args.seed,
     )
+
+
+def _begins(args: argparse.Namespace) -> bool:
+    """A run, whose rounds are then meant by `--rounds`, and not those of this peer."""
+    return not args.initial_peers and not (args.output_dir / "run.toml").exists()
 
 
 def _check_quickly(config: PeerConfig, spec: RunSpec | None, reporter: Reporter, stop: StopSwitch) -> None:

@@ -56,6 +56,7 @@ class Plan:
     run: Mapping[str, Any]  # keys of the spec
     finetune: Mapping[str, Any]  # fields of FinetuneConfig
     model: str = PACKAGED  # the encoder of the demo; or a directory, or a hub id
+    revision: str | None = None  # of the model on the hub
     train_examples: int | None = None  # of each data set, stratified; None: all
     eval_examples: int = 128  # held out by a contributor; twice as many start the head
     split: int = 1  # contributors that share a data set
@@ -74,7 +75,7 @@ class Plan:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """What a run and its scores are known by; what was added later counts only where it does something."""
-    added = {"drop", "trim"}
+    added = {"drop", "trim", "revision"}
     return {key: value for key, value in asdict(plan).items() if key not in added or value}
 
 
@@ -144,11 +145,13 @@ def read_rounds(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def model_directory(model: str) -> tuple[Path, str]:
-    """Where an encoder lies, and its name in the spec. Raises ModelError."""
+def model_directory(model: str, revision: str | None = None) -> tuple[Path, str]:
+    """Where an encoder lies, and its name in the spec. Raises ModelError, UsageError."""
+    if revision is not None and (model == PACKAGED or Path(model).exists()):
+        raise UsageError(f"--revision {revision} is of a model on the hub: give its id as --model")
     if model == PACKAGED:
         return embedded_encoder(), PACKAGED_NAME
-    return resolve_model(model, None), Path(model).name if Path(model).exists() else model
+    return resolve_model(model, revision), Path(model).name if Path(model).exists() else model
 
 
 # ---- helpers ------------------------------------------------------------------------------
@@ -169,8 +172,9 @@ def _begin(plan: Plan, out: Path) -> tuple[RunSpec, State]:
     settings, text = out / "settings.json", json.dumps(settings_of(plan), indent=2, sort_keys=True) + "\n"
     if settings.exists() and settings.read_text() != text:
         raise UsageError(f"{out} holds a run with other settings; name another --out, or delete it")
-    model_dir, name = model_directory(plan.model)
+    model_dir, name = model_directory(plan.model, plan.revision)
     options = {"created_at": 0.0, "run_name": "simulated", "seed": plan.seed, **plan.run, "model": name}
+    options["revision"] = plan.revision
     spec, first = make_run(str(model_dir), None, options, out / "base")
     write_text(out / "run.toml", spec.to_toml())
     write_text(settings, text)
@@ -289,6 +293,7 @@ def _plan(flags: argparse.Namespace) -> Plan:
         run=run,
         finetune={**{name: getattr(flags, name) for name in fields}, "use_cpu": flags.use_cpu},
         model=flags.model or PACKAGED,
+        revision=flags.revision,
         train_examples=flags.train_examples,
         eval_examples=flags.eval_examples,
         split=flags.split,

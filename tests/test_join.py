@@ -106,6 +106,18 @@ def test_told_to_stop_it_leaves_the_rest_to_the_session(tmp_path: Path) -> None:
 # ---- how much of the machine it takes ------------------------------------------------------------
 
 
+def test_rounds_are_the_runs_for_who_begins_it_and_else_of_this_peer(tmp_path: Path) -> None:
+    def num_rounds(output_dir: Path, *flags: str) -> int | None:
+        given = ["--data", "x.csv", "--output-dir", str(output_dir), *flags]
+        return join.make_config(join._parse(given)).num_rounds
+
+    assert num_rounds(tmp_path, "--model", "x", "--rounds", "3") is None
+    assert num_rounds(tmp_path, "--initial-peers", DEAD, "--rounds", "3") == 3
+    (tmp_path / "run.toml").write_text(make_spec().to_toml())
+    assert num_rounds(tmp_path, "--rounds", "3") == 3
+    assert num_rounds(tmp_path) is None
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_threads_of_all_libraries_are_as_many_as_given(num_threads: int) -> None:
     """Also of the tokenizer, which torch does not know, and whatever the environment says."""

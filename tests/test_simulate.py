@@ -120,6 +120,7 @@ def test_a_run_that_was_stopped_goes_on(model_dir: Path, data_dir: Path, tmp_pat
             2,
             "lower --churn",
         ),
+        (["--revision", "main"], 2, "--revision main is of a model on the hub"),
     ],
 )
 def test_what_is_refused(
