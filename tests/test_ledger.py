@@ -304,8 +304,12 @@ def test_lines_cut_off_the_end_show_by_a_hash_noted_earlier(
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     assert main([str(tmp_path)]) == 0
     assert "1 of 1 processes have not ended in order" in capsys.readouterr().out
-    assert main([str(tmp_path), "--expect", noted]) == 6
-    assert "cut off the end" in capsys.readouterr().err
+    for expected in (noted, "", "0" * 64):
+        assert main([str(tmp_path), "--expect", expected]) == 6
+        assert "cut off the end" in capsys.readouterr().err
+    file.write_text("")
+    assert main([str(tmp_path), "--expect", "0" * 64]) == 0  # as it was printed of an empty ledger
+    assert main([str(tmp_path), "--expect", ""]) == 6
 
 
 # --- the file
