@@ -34,6 +34,7 @@ HUB_TIMEOUT_SECONDS = 10.0  # until the hub must have answered that the data set
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _JSON_LINES_HINT = 'JSON lines hold one object per line, such as {"text": "...", "label": "..."}.'
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _END = "\0"  # a line after the last; no text holds it
 
 
@@ -228,7 +229,9 @@ def _read_file(path: Path) -> Table:
 
 
 def _decode(content: bytes, path: Path) -> str:
-    advice = "Save the file as UTF-8 (for example: iconv -f LATIN1 -t UTF-8 FILE > NEW)."
+    is_utf16 = content.startswith(_UTF16_MARKS) or b"\0" in content[:2]  # a letter of ASCII, and a zero
+    encoding = "UTF-16" if is_utf16 else "LATIN1"
+    advice = f"Save the file as UTF-8 (for example: iconv -f {encoding} -t UTF-8 FILE > NEW)."
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

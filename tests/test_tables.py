@@ -51,6 +51,17 @@ def test_every_format_gives_the_same_strings(tmp_path: Path, name: str) -> None:
     assert read.read("label") == ["1", "0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "advised"),
+    [("utf-16", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-16-le", "UTF-16"), ("latin1", "LATIN1")],
+)
+def test_the_advice_mends_a_file_that_is_not_utf8(tmp_path: Path, encoding: str, advised: str) -> None:
+    """`utf-16` writes a byte-order mark, as spreadsheets do."""
+    (tmp_path / "a.csv").write_bytes("text,label\ncafé,1\n".encode(encoding))
+    with pytest.raises(DataError, match=f"iconv -f {advised} -t UTF-8"):
+        table(tmp_path / "a.csv")
+
+
 def test_a_gap_is_an_empty_string_and_changes_no_integer(tmp_path: Path) -> None:
     read = table(
         save(pd.DataFrame({"label": [1, None, 0.5], "text": ["a", None, "b"]}), tmp_path / "a.parquet")
