@@ -229,9 +229,7 @@ def _read_file(path: Path) -> Table:
 
 
 def _decode(content: bytes, path: Path) -> str:
-    is_utf16 = content.startswith(_UTF16_MARKS) or b"\0" in content[:2]  # a letter of ASCII, and a zero
-    encoding = "UTF-16" if is_utf16 else "LATIN1"
-    advice = f"Save the file as UTF-8 (for example: iconv -f {encoding} -t UTF-8 FILE > NEW)."
+    advice = f"Save the file as UTF-8 (for example: iconv -f {_likely(content)} -t UTF-8 FILE > NEW)."
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -245,6 +243,15 @@ def _decode(content: bytes, path: Path) -> str:
             f"{path}, line {line}: a zero byte, so this is not UTF-8 text (UTF-16, perhaps?). {advice}"
         )
     return text
+
+
+def _likely(content: bytes) -> str:
+    """What it is where it is not UTF-8, in iconv's words."""
+    if content.startswith(_UTF16_MARKS):
+        return "UTF-16"
+    if b"\0" in content[:2]:  # beside a letter of ASCII
+        return "UTF-16BE" if content[0] == 0 else "UTF-16LE"
+    return "LATIN1"
 
 
 def _line_at(content: bytes, position: int) -> int:

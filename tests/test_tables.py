@@ -53,7 +53,7 @@ def test_every_format_gives_the_same_strings(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("encoding", "advised"),
-    [("utf-16", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-16-le", "UTF-16"), ("latin1", "LATIN1")],
+    [("utf-16", "UTF-16"), ("utf-16-be", "UTF-16BE"), ("utf-16-le", "UTF-16LE"), ("latin1", "LATIN1")],
 )
 def test_the_advice_mends_a_file_that_is_not_utf8(tmp_path: Path, encoding: str, advised: str) -> None:
     """`utf-16` writes a byte-order mark, as spreadsheets do."""
