@@ -20,6 +20,8 @@ from coordinator.records import RecordError
 
 DOOR_HANDLER = "Door.rpc_present"
 MEET_SECONDS = 10.0
+# What is said at the door and lets nobody in: refusals, and bytes that are no message, which hivemind parses.
+_NO_ANSWER = (RecordError, DecodeError, TypeError, ValueError)
 
 
 class RefusedError(P2PHandlerError):
@@ -75,11 +77,11 @@ class Door(ServicerBase):
         peer_id, shown = str(peer), self._admission.presented()
         report(self._record, "call", "present", peer_id, shown)
         stub = self.get_stub(p2p, peer, namespace=self._namespace)
-        async with asyncio.timeout(MEET_SECONDS):
-            reply = await stub.rpc_present(BytesValue(value=shown))
         try:
+            async with asyncio.timeout(MEET_SECONDS):
+                reply = await stub.rpc_present(BytesValue(value=shown))
             self._admission.take(peer_id, reply.value)
-        except (RecordError, DecodeError) as error:
+        except _NO_ANSWER as error:
             self._met.pop(peer_id, None)
             self._admission.complain(peer_id, str(error))
             raise RefusedError(f"{NOT_ADMITTED}: {error}") from error

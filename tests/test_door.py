@@ -350,6 +350,27 @@ def test_a_member_says_nothing_to_an_outsider_but_its_credential(swarm: Swarm) -
     assert ("call", "present") in said
 
 
+def test_bytes_that_are_no_message_at_the_door_are_a_refusal(tmp_path: Path) -> None:
+    """A peer that speaks the transport, but not the protocol: no call and no stream to it ends otherwise."""
+    with ExitStack() as stack:
+        swarm = start_swarm(stack, tmp_path)
+        member, outsider = swarm.members[0], swarm.outsider
+
+        async def garbage(_request: bytes, _remote_id: object) -> bytes:
+            return b"\xff\xff\xff"
+
+        handler = f"{RPC_NAMESPACE}::{DOOR_HANDLER}"
+        outsider.run(outsider.network.p2p._client.add_unary_handler(handler, garbage))
+        stream = open_stream(
+            member.network, outsider.peer_id, member.allreduce.name, b"{}", timeout_seconds=CALL_SECONDS
+        )
+        with pytest.raises(StreamError, match=NOT_ADMITTED):
+            member.run(stream)
+        call = member.network.call(outsider.peer_id, "heartbeat", {}, timeout_seconds=CALL_SECONDS)
+        with pytest.raises(PeerRefuses, match=NOT_ADMITTED):
+            member.run(call)
+
+
 def test_a_member_cannot_bring_in_an_outsider(swarm: Swarm) -> None:
     """Neither by its own proposal, nor by passing on a heartbeat."""
     first, second = swarm.members
