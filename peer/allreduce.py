@@ -736,9 +736,12 @@ class _Exchange:
 
     def _check_results(self) -> None:
         for member, (statement, _) in self.told.statements.items():
-            self._check_manifests(member, statement)
-            self._check_figures(member, statement)
-            self._check_norm(member, statement)
+            try:
+                self._check_manifests(member, statement)
+                self._check_figures(member, statement)
+                self._check_norm(member, statement)
+            except RecordError as error:  # else nobody is blamed, and the next attempt fails the same way
+                raise GroupFailed(member, f"its statement cannot be read: {error}") from error
 
     def _check_manifests(self, member: str, statement: Statement) -> None:
         """Two reducers that hold different manifests of one sender were lied to, or one of them lies."""

@@ -190,6 +190,9 @@ def open_statement(
         for residuals in (statement.residuals_before, statement.residuals_after)
     ):
         raise RecordError("the statement does not name the error feedback of each of its parts")
+    split_hashes(statement.told)  # how many there must be, only who knows the group's rule can say
+    if len(statement.figures) not in (0, len(statement.senders) ** 2):
+        raise RecordError("the figures are not a square matrix of the senders")
     if any(report.num_parts > len(parts) for report in statement.senders):
         raise RecordError("the statement counts more parts than there are")
     if any(report.weight == 0 and report.num_parts > 0 for report in statement.senders):

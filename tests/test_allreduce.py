@@ -24,6 +24,7 @@ from coordinator.network import PeerUnreachable
 from coordinator.records import open_signed, parse_json, sign
 from coordinator.streams import FrameStream, StreamError, open_stream
 from peer import allreduce
+from peer import manifest as manifest_module
 from peer.aggregate import needs_gram
 from peer.allreduce import AllReduceService, Reduced, _Exchange, _joined, _Patience, _Reducer
 from peer.compression import CODECS
@@ -1110,6 +1111,7 @@ def lie_in_statement(
         (_changed_sender(0, norm=3.0), "a norm that is not in the manifest"),
         (lambda s: s.update(figures=[1.0] * 16), "other figures than it told"),
         (lambda s: s.update(told=join_hashes(bytes(32))), "figures of every reducer"),
+        (lambda s: s.update(told="!!!"), "not base64"),
     ],
 )
 def test_a_statement_that_does_not_fit(
@@ -1122,6 +1124,17 @@ def test_a_statement_that_does_not_fit(
     group, outgoing = swarm.group(), swarm.prepare(deltas())
     lie_in_statement(monkeypatch, group.members[VICTIM], swarm.identities[VICTIM], change)
     assert_all_name(errors_of_others(swarm, group, outgoing), group.members[VICTIM], why)
+
+
+def test_a_statement_that_only_the_last_look_cannot_read_blames_its_author(
+    swarm: Swarm, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, outgoing = swarm.group(), swarm.prepare(deltas())
+    victim = group.members[VICTIM]
+    lie_in_statement(monkeypatch, victim, swarm.identities[VICTIM], lambda s: s.update(told="!!!"))
+    split = manifest_module.split_hashes
+    monkeypatch.setattr(manifest_module, "split_hashes", lambda text: [] if text == "!!!" else split(text))
+    assert_all_name(errors_of_others(swarm, group, outgoing), victim, "cannot be read")
 
 
 def test_a_statement_that_names_a_manifest_that_its_sender_never_signed(
