@@ -41,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from coordinator.errors import ModelError
 from peer.layout import TensorLayout, flat_bytes
+from peer.stopping import ends_at_once
 from peer.tasks import Task
 
 # What a model needs besides its weights. An explicit list: what peers serve to each other
@@ -493,12 +494,13 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _download(name: str, revision: str | None) -> Path:
     try:
-        found = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=[*MODEL_FILE_NAMES, *_WEIGHT_FILE_PATTERNS],
-            etag_timeout=_HUB_TIMEOUT_SECONDS,
-        )
+        with ends_at_once():  # what has come stays in the hub's cache, and the next download goes on there
+            found = snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*MODEL_FILE_NAMES, *_WEIGHT_FILE_PATTERNS],
+                etag_timeout=_HUB_TIMEOUT_SECONDS,
+            )
     except GatedRepoError as error:
         raise ModelError(f"{name} is gated: accept its terms on the hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,30 @@ _SIGNALS = {signal.SIGINT: ("interrupted", EXIT_INTERRUPTED), signal.SIGTERM: ("
 
 class StopRequested(Exception):
     """Raised by `StopSwitch.check`; unwinds to where the checkpoint is known to be good."""
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM end the process then and there, whoever listens otherwise.
+
+    For what cannot be asked to stop and is safe to be killed, such as a download of the hub's library:
+    it waits for its threads, and so does Python's orderly end. Does nothing in other threads than the main.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, _end) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    reason, exit_code = _SIGNALS[signal.Signals(number)]
+    os.write(2, f"\n{reason}\n".encode())  # not print: the signal may come in the middle of another one
+    os._exit(exit_code)
 
 
 class StopSwitch:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +290,61 @@ def test_decoders_are_refused(bert_dir: Path, tmp_path: Path) -> None:
     gpt2.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ModelError, match="Linear with a bias"):
         load_classifier(tmp_path / "gpt2", TASK, seed=0)
+
+
+class StallingHub(BaseHTTPRequestHandler):
+    """A hub with one model, whose weights begin to come and then do not go on."""
+
+    is_stalled = threading.Event()
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        for name, value in (("ETag", '"1"'), ("X-Repo-Commit", "1" * 40), ("Content-Length", str(10**9))):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        if "/api/" in self.path:
+            tree = [{"type": "file", "path": "model.safetensors", "size": 10**9, "oid": "1" * 40}]
+            model = {"id": "a/b", "sha": "1" * 40, "siblings": [{"rfilename": "model.safetensors"}]}
+            body = json.dumps(tree if "/tree/" in self.path else model).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
+        self.do_HEAD()
+        self.wfile.write(b"0" * 1000)
+        self.wfile.flush()
+        self.is_stalled.set()
+        self.rfile.read(1)  # until the other end is gone
+
+
+DOWNLOAD = """
+from peer.model import resolve_model
+from peer.stopping import StopSwitch
+with StopSwitch().listening():
+    resolve_model("a/b", None)
+"""
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_download_at_once(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
+    """The hub's library waits for its threads, and they for the hub; only SIGKILL ended it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), StallingHub) as hub:
+        StallingHub.is_stalled.clear()
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "100"}
+        with subprocess.Popen([sys.executable, "-c", DOWNLOAD], env=env) as process:
+            try:
+                assert StallingHub.is_stalled.wait(100.0)  # a busy machine imports torch for so long
+                process.send_signal(number)
+                assert process.wait(timeout=10.0) == exit_code
+            finally:
+                process.kill()
+                hub.shutdown()
 
 
 @pytest.mark.parametrize(
