@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from coordinator.records import GENESIS, Commit, Contribution, RecordError, SignedCommit, is_signature_of
+from coordinator.records import GENESIS, Commit, Contribution, RecordError, SignedCommit, wrong_signer
 from coordinator.spec import RunSpec
 
 MAX_MISSING_RANGES_IN_ALL = 16_384  # of all contributions: a commit must fit into one message
@@ -185,6 +185,8 @@ def _check_electorate(commit: Commit, previous: Chain) -> None:
     electorate = set(commit.electorate)
     if len(electorate) != len(commit.electorate):
         raise RecordError("a peer is named twice in the electorate")
+    if len(electorate) > previous.spec.max_peers:  # those who made a round, or who are drawn for one
+        raise RecordError(f"{len(electorate)} voters, where a round has at most {previous.spec.max_peers}")
     if electorate & previous.cohort and not electorate <= previous.cohort:
         raise RecordError("the electorate mixes the previous round's peers with others")
 
@@ -194,15 +196,14 @@ def _check_signatures(signed: SignedCommit, spec: RunSpec) -> None:
     most = len(commit.contributors) + len(commit.electorate) + spec.max_peers
     if len(signed.signatures) > most:
         raise RecordError(f"{len(signed.signatures)} signatures, where at most {most} peers took part")
-    for peer, signature in signed.signatures.items():
-        if not is_signature_of(signature, commit, peer):
-            raise RecordError(f"the signature of {peer[-8:]} does not fit")
-    if missing_signatures(commit, signed.signatures, spec) > 0:
+    if missing_signatures(commit, signed.signatures, spec) > 0:  # first: it costs nothing
         voters = set(commit.electorate) & signed.signatures.keys()
         raise RecordError(
             f"{len(voters)} of {len(commit.electorate)} signed; {required_signatures(commit.electorate)} "
             f"are needed, and {spec.min_peers} signatures in all"
         )
+    if (peer := wrong_signer(signed.signatures, commit)) is not None:
+        raise RecordError(f"the signature of {peer[-8:]} does not fit")
 
 
 def build_chain(spec: RunSpec, commits: Sequence[SignedCommit]) -> Chain:

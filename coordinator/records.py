@@ -286,11 +286,23 @@ def signature_text(record: Record, identity: Identity) -> str:
 
 
 def is_signature_of(text: str, record: Record, peer_id: str) -> bool:
-    try:
-        signature = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return False
-    return is_signed_by(peer_id, _SIGNATURE_DOMAIN + record.canonical(), signature)
+    return wrong_signer({peer_id: text}, record) is None
+
+
+def wrong_signer(texts: Mapping[str, str], record: Record) -> str | None:
+    """A peer whose signature of the record does not fit; None where all fit. `texts`: by peer.
+
+    The record is written out once: of a long one that takes many times as long as a signature.
+    """
+    message = _SIGNATURE_DOMAIN + record.canonical()
+    for peer_id, text in texts.items():
+        try:
+            signature = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            return peer_id
+        if not is_signed_by(peer_id, message, signature):
+            return peer_id
+    return None
 
 
 def open_signed(data: bytes, record_type: type[R], *, max_bytes: int = MAX_RECORD_BYTES) -> tuple[str, R]:

@@ -17,7 +17,7 @@ from coordinator.chain import (
     required_signatures,
     verify_commit,
 )
-from coordinator.records import GENESIS, Contribution, RecordError, SignedCommit, signature_text
+from coordinator.records import GENESIS, Commit, Contribution, RecordError, SignedCommit, signature_text
 from tests.fakes import NOW, extend, hash_of, identity, make_commit, make_spec, peer, peers, signed_by
 
 EMPTY = Chain(make_spec())
@@ -44,6 +44,28 @@ def test_more_than_half_must_sign(size: int, needed: int) -> None:
     verify_commit(signed_by(commit, names[:needed]), chain)
     with pytest.raises(RecordError, match=f"{needed - 1} of {size} signed; {needed} are needed"):
         verify_commit(signed_by(commit, names[: needed - 1]), chain)
+
+
+def test_invented_voters_cost_no_more_than_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of them, and a long commit that is written out for each, stopped a peer for 20 s."""
+    chain = Chain(make_spec(max_peers=3))
+    with pytest.raises(RecordError, match="4 voters, where a round has at most 3"):
+        extend(chain, ABC, electorate=list(peers("abcd")))
+    num_written, canonical = 0, Commit.canonical
+
+    def counted(self: Commit) -> bytes:
+        nonlocal num_written
+        num_written += 1
+        return canonical(self)
+
+    commit = make_commit(chain, ABC)
+    few, all_of_them = signed_by(commit, ["a"]), signed_by(commit, ABC)
+    monkeypatch.setattr(Commit, "canonical", counted)
+    with pytest.raises(RecordError, match="1 of 3 signed"):
+        verify_commit(few, chain)
+    assert num_written == 0
+    verify_commit(all_of_them, chain)
+    assert num_written == 1
 
 
 @pytest.mark.parametrize(

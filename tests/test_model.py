@@ -329,7 +329,10 @@ with StopSwitch().listening():
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_a_download_at_once(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
     """The hub's library waits for its threads, and they for the hub; only SIGKILL ended it."""
     with ThreadingHTTPServer(("127.0.0.1", 0), StallingHub) as hub:
