@@ -794,9 +794,7 @@ class Session:
         and with error feedback that auditors take for a lie.
         """
         with suppress(NetworkError, concurrent.futures.CancelledError):
-            self._in_network(
-                asyncio.sleep(0)
-            )  # behind this, `fuse` has been cancelled: no commit comes later
+            self._in_network(asyncio.sleep(0))  # behind it `fuse` is cancelled, and no commit comes later
         pending = self._pending.get(self._agreement.chain.state_hash)
         if pending is None or self._agreement.chain.state_hash == self._state.state_hash:
             return
