@@ -1,4 +1,4 @@
-# make demo      a swarm of four peers on this machine, under five minutes after the install
+# make demo      a swarm of four peers on this machine, five minutes on two fast cores after the install
 # make test      ruff, mypy and the fast tests;  make test-all: the slow tests, too
 # make lint      ruff and mypy only;  make format: let ruff rewrite what it can
 # make install   only the environment (.venv);  make clean: remove it and everything made here

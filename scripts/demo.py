@@ -1,4 +1,4 @@
-"""Does a swarm help its peers? A whole one on this machine, with private data each, in under five minutes.
+"""Does a swarm help its peers? One on this machine, with private data each; five minutes on two fast cores.
 
     python -m scripts.demo [--peers 4] [--rounds 3] [--out demo_output]
 

@@ -247,6 +247,7 @@ def sigterm_as_exit() -> Iterator[None]:
     """SIGTERM raises SystemExit in the main thread while the block runs: every `with` block is left."""
 
     def leave(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break what ends the others
         raise SystemExit(EXIT_TERMINATED)
 
     before = signal.signal(signal.SIGTERM, leave)
