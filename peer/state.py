@@ -28,7 +28,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -432,7 +432,8 @@ def write_task_card(directory: Path, kept: KeptModel) -> None:
 def kept_model(directory: Path) -> KeptModel | None:
     """Which classifier is in `directory`; None where there is none, or nobody can tell."""
     try:
-        return KeptModel(**json.loads((directory / _KEPT).read_bytes()))
+        kept = KeptModel(**json.loads((directory / _KEPT).read_bytes()))
+        return replace(kept, score=float(kept.score))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -446,12 +447,10 @@ def _tested(kept: KeptModel) -> list[str]:
 
 def kept_score(directory: Path, metric_name: str, held_out: str) -> float | None:
     """Of the classifier in `directory`; None where there is none, or one of another metric or split."""
-    try:
-        kept = json.loads((directory / _KEPT).read_bytes())
-        is_comparable = kept["metric_name"] == metric_name and kept.get("held_out", "") in ("", held_out)
-        return float(kept["score"]) if is_comparable else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    kept = kept_model(directory)
+    if kept is None or kept.metric_name != metric_name or kept.held_out not in ("", held_out):
         return None
+    return kept.score
 
 
 def is_kept(score: float, best: float | None) -> bool:
