@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from coordinator.records import GENESIS, Commit, Contribution, RecordError, SignedCommit, wrong_signer
 from coordinator.spec import RunSpec
 
 MAX_MISSING_RANGES_IN_ALL = 16_384  # of all contributions: a commit must fit into one message
+
+
+class Backing(NamedTuple):
+    """Who stands behind one commit, given those before it; compared from left to right.
+
+    Copies of one commit carry different signatures (whoever had a majority first stops collecting), so
+    signatures cannot be counted: two peers would weigh the same chain differently and never agree. The
+    value of a commit is the same in all copies, so this is a function of values alone: of how many keys of a
+    kind every certificate must hold a signature.
+    """
+
+    cohort: int  # of those who made the previous round
+    members: int  # of those who made any earlier round
+    contributors: int  # see `num_backed`
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,22 @@ class Chain:
     def members(self) -> frozenset[str]:
         """Whoever contributed to a round of this chain."""
         return frozenset(c.peer for signed in self.commits for c in signed.commit.contributors)
+
+    @cached_property
+    def backing(self) -> tuple[Backing, ...]:
+        """Of each commit: `backing[r - 1]` is that of round r."""
+        found: list[Backing] = []
+        cohort: frozenset[str] = frozenset()
+        members: set[str] = set()
+        for commit in (signed.commit for signed in self.commits):
+            electorate = set(commit.electorate)
+            required = required_signatures(electorate)
+            of_cohort = required if electorate <= cohort else 0
+            of_members = max(0, required - len(electorate - members))
+            found.append(Backing(of_cohort, of_members, num_backed(commit, self.spec)))
+            cohort = cohort if commit.kind == "rollback" else commit.cohort
+            members |= commit.cohort
+        return tuple(found)
 
     @property
     def is_rolled_back(self) -> bool:
@@ -217,25 +248,28 @@ def build_chain(spec: RunSpec, commits: Sequence[SignedCommit]) -> Chain:
 def is_better(challenger: Chain, mine: Chain) -> bool:
     """Whether to leave `mine` for `challenger`.
 
-    More backed contributions since the fork win, then the smaller hash. A chain that continues mine
-    has more of them; a bare round number wins nothing.
+    From the fork on, commit by commit, the larger `Backing` wins; then the longer chain, then the smaller
+    hash of the first commit that differs. So it is decided where they part, by those who had made what both
+    share. Keys that somebody makes up have no part in that, however many rounds they sign afterwards: a sum
+    over the rounds would let a few of them outweigh everybody, as they need no time for a round.
+
+    A lexicographic order of paths in a tree is a total order: no three chains beat each other in a circle,
+    and peers that see the same chains choose the same one. A chain that continues mine is better.
     """
     if challenger.tip == mine.tip:
         return False
     fork = _fork_round(challenger, mine)
-    theirs, ours = (_num_backed(chain, fork) for chain in (challenger, mine))
-    return theirs > ours or (theirs == ours and challenger.tip < mine.tip)
+    theirs, ours = challenger.backing[fork:], mine.backing[fork:]
+    if theirs != ours:
+        return theirs > ours
+    return challenger.commits[fork].commit.hash < mine.commits[fork].commit.hash
 
 
 def num_backed(commit: Commit, spec: RunSpec) -> int:
-    """What one commit counts in the choice between two chains.
+    """How many contributors of a commit count: at most as many as its electorate has members (or min_peers,
+    if that is more).
 
-    Copies of one commit carry different signatures (whoever had a majority first stops collecting), so
-    signatures cannot be counted: two peers would weigh the same chain differently and never agree. The
-    value of a commit is the same in all copies, so the count is a function of it alone.
-
-    Counted are the contributors, at most as many as the electorate has members (or min_peers, if that is
-    more). Contributors alone would be a number that the author chooses: it may name anybody. The electorate
+    Contributors alone would be a number that the author chooses: it may name anybody. The electorate
     is not free: a certificate takes the signatures of more than half of it, so k keys cannot
     claim one of more than 2k - 1, and a single liar gets no certificate at all (min_peers signatures).
     Newcomers beyond that number count from the next round on, when they are the electorate.
@@ -254,7 +288,3 @@ def _fork_round(one: Chain, other: Chain) -> int:
         if a.commit.hash != b.commit.hash:
             return index
     return min(one.round, other.round)
-
-
-def _num_backed(chain: Chain, after_round: int) -> int:
-    return sum(num_backed(signed.commit, chain.spec) for signed in chain.commits[after_round:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.chain import (
+    Backing,
     Chain,
     build_chain,
     is_better,
@@ -169,16 +171,66 @@ def test_a_chain_that_goes_on_is_better() -> None:
     assert not is_better(two, two)
 
 
-def test_fork_more_signed_contributions_since_the_fork_win() -> None:
+def test_fork_the_side_with_more_of_those_who_made_the_last_round_wins() -> None:
     common = extend(EMPTY, ["a", "b", "c", "d", "e"])
-    few = extend(common, ["a", "b"], electorate=list(peers("ab")), state_hash=hash_of("few"))
-    many = extend(common, ["c", "d", "e"], electorate=list(peers("cde")), state_hash=hash_of("many"))
+    few = branch(common, "ab", "few")
+    many = branch(common, "cde", "many")
+    assert [chain.backing[-1] for chain in (few, many)] == [Backing(2, 2, 2), Backing(2, 2, 3)]
     assert is_better(many, few)
     assert not is_better(few, many)
-    longer = extend(
-        few, ["a", "b"]
-    )  # 2 + 2 signed contributions against 3: not the length wins, but their sum
-    assert is_better(longer, many)
+    longer = extend(extend(few, ["a", "b"]), ["a", "b"])  # it is decided where they part
+    assert is_better(many, longer)
+    assert not is_better(longer, many)
+
+
+def test_fork_of_equal_sides_more_contributions_win_then_the_longer_one() -> None:
+    common = extend(EMPTY, ["a", "b", "c", "d"])
+    left, right = branch(common, "ab", "left"), branch(common, "cd", "right")
+    longer = extend(extend(left, ["a", "b"]), ["a", "b"])
+    assert is_better(longer, extend(right, ["c", "d"]))
+    newcomer = ["c", "d", "x"]  # x counts once it votes
+    grown = extend(right, newcomer, electorate=list(peers("cd")))
+    assert is_better(longer, grown)
+    assert is_better(extend(grown, newcomer), longer)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_fork_made_up_keys_win_nothing_however_many_rounds_they_sign(at: int) -> None:
+    """They claim that all who made the last round are gone, as a run of volunteers may find them."""
+    honest = EMPTY
+    for number in range(4):
+        honest = extend(honest, ABC, state_hash=hash_of(f"honest {number}"))
+    common = Chain(EMPTY.spec, honest.commits[:at])
+    forged = branch(common, "tuvwxyz", "forged")
+    while forged.round < EMPTY.spec.num_rounds:
+        forged = extend(forged, list("tuvwxyz"))
+    assert forged.backing[at] == Backing(0, 0, 7)
+    assert is_better(honest, forged)
+    assert not is_better(forged, honest)
+    assert is_better(extend(common, ABC), forged)  # one round later, too
+    assert is_better(forged, common)  # where nobody has gone on, they may have been silent indeed
+
+
+def test_fork_keys_of_earlier_rounds_win_nothing_over_those_of_the_last() -> None:
+    """Somebody took part under one key after the other, and signs with all of them together."""
+    chain = extend(EMPTY, ["a", "b", "c", "t"])
+    for name in "uv":
+        chain = extend(chain, [*ABC, name], electorate=list(peers(ABC)))
+    common = extend(chain, ABC, electorate=list(peers(ABC)))
+    honest = branch(common, "ab", "honest")
+    forged = branch(common, "tuv", "forged")
+    assert forged.backing[-1] == Backing(0, 2, 3)
+    assert honest.backing[-1] == Backing(2, 2, 2)
+    assert is_better(honest, forged)
+
+
+def test_fork_where_all_of_the_last_round_are_gone_earlier_members_win_over_strangers() -> None:
+    chain = extend(extend(EMPTY, ["a", "b", "c", "d"]), ["c", "d"], electorate=list(peers("cd")))
+    back, strangers = branch(chain, "ab", "back"), branch(chain, "tuvwxyz", "strangers")
+    assert back.backing[-1] == Backing(0, 2, 2)
+    assert is_better(back, extend(strangers, list("tuvwxyz")))
+    padded = branch(chain, "tuvwxyz", "padded", electorate=list(peers("tuvwxyzab")))
+    assert padded.backing[-1] == Backing(0, 0, 7)  # five of the nine must sign: none of those who are known
 
 
 def test_fork_bare_rounds_and_contributors_that_are_only_named_win_nothing() -> None:
@@ -207,6 +259,12 @@ def test_copies_of_one_commit_count_the_same_whatever_signatures_they_carry() ->
         assert is_better(copy, rival)
         assert not any(is_better(copy, other) for other in copies)
     assert commit.under(7).digest != commit.digest  # but a signature of one is none of the other
+
+
+def branch(chain: Chain, names: str, state: str, **changes: Any) -> Chain:
+    """Goes on with these alone, as if nobody else were there."""
+    values = {"electorate": list(peers(names)), "state_hash": hash_of(state), **changes}
+    return extend(chain, list(names), **values)
 
 
 def roll_back(chain: Chain, signers: str, contributors: Sequence[str] = (), **changes: Any) -> Chain:
@@ -316,25 +374,47 @@ def test_fork_of_equal_weight_the_smaller_hash_wins() -> None:
         assert is_better(best, fork) == (fork is not best)
 
 
+def test_a_liar_in_a_partition_leads_nobody_in_a_circle() -> None:
+    """A sum over all rounds since the fork, with the backing of the first alone, would: z, y, x and so on"""
+    common = extend(EMPTY, ["a", "b", "c", "d"])
+    x = extend(branch(common, "ab", "x"), ["a", "b"])
+    y = branch(common, "cd", "y")
+    z = branch(y, "dt", "z", electorate=[peer("d")])  # d lies that c is gone, and brings made-up keys
+    y = extend(y, ["c", "d"])
+    for electorate in ("dt", "dtuvwxyz"):
+        z = extend(z, list("dtuvwxyz"), electorate=list(peers(electorate)))
+    assert sum(backing.contributors for backing in z.backing[1:]) > 4  # those of x, and of y
+    for honest in (x, y):
+        assert is_better(honest, z)
+        assert not is_better(z, honest)
+
+
 BRANCHES = st.lists(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=4, unique=True), max_size=3)
 
 
-@given(BRANCHES, BRANCHES)
-def test_of_two_chains_at_most_one_is_better(one: list[list[str]], other: list[list[str]]) -> None:
-    chains = []
-    for index, branch in enumerate((one, other)):
-        chain = extend(EMPTY, list("abcdef"))
-        for contributors in branch:
-            electorate = sorted(chain.cohort & set(peers(contributors))) or sorted(chain.cohort)
-            signers = {*contributors, *(name for name in "abcdef" if peer(name) in electorate)}
+@given(st.lists(st.tuples(st.integers(0, 99), BRANCHES), min_size=3, max_size=3))
+def test_chains_are_in_one_order(forks: list[tuple[int, list[list[str]]]]) -> None:
+    """Of two at most one is better, and no three beat each other in a circle, wherever they part."""
+    trunk = extend(extend(EMPTY, list("abcdef")), list("abcdef"))
+    chains = [trunk]
+    for index, (where, rounds) in enumerate(forks):
+        chain = chains[where % len(chains)]
+        chain = Chain(chain.spec, chain.commits[: 1 + where % max(1, chain.round)])
+        for contributors in rounds:
+            if chain.round == chain.spec.num_rounds:
+                break
+            electorate = sorted(chain.cohort & set(peers(contributors))) or list(peers(contributors))
             chain = extend(
                 chain,
                 contributors,
-                [name for name in "abcdef" if name in signers],
+                [name for name in "abcdef" if name in contributors or peer(name) in electorate],
                 electorate=electorate,
                 state_hash=hash_of(f"{index} {contributors}"),
             )
         chains.append(chain)
-    first, second = chains
-    assert not (is_better(first, second) and is_better(second, first))
-    assert is_better(first, second) or is_better(second, first) or first.tip == second.tip
+    tips = {chain.tip: chain for chain in chains}
+    for one, other in itertools.combinations(tips.values(), 2):
+        assert is_better(one, other) != is_better(other, one)
+    for first, second, third in itertools.permutations(tips.values(), 3):
+        if is_better(first, second) and is_better(second, third):
+            assert is_better(first, third)
