@@ -44,6 +44,7 @@ from coordinator.ballot import (
     rollback_commit,
     voters_of,
 )
+from coordinator.beginning import Beginning
 from coordinator.chain import Chain, is_better
 from coordinator.chain_exchange import ChainExchange
 from coordinator.departures import Departures
@@ -55,6 +56,7 @@ from coordinator.network import Network, PeerUnreachable
 from coordinator.pace import Pace
 from coordinator.presence import Presence
 from coordinator.records import (
+    GENESIS,
     MAX_REASON_CHARS,
     Commit,
     Contribution,
@@ -175,15 +177,17 @@ class Agreement:
         holds: Callable[[str], bool] | None = None,
         wants_rollback: Callable[[str], bool] | None = None,
         leaves_out: Callable[[], tuple[Exclusion, ...]] = tuple,
+        beginning: Beginning | None = None,
     ) -> None:
         """`holds`: whether the session has a state at hand, by its hash; by default, if it computed it here.
 
         `wants_rollback`: whether it agrees to undo the commit of that hash; by default never. `leaves_out`:
-        whom a roll-back of the tip has to name, the same for all who want it; by default nobody.
+        whom a roll-back of the tip has to name, the same for all who want it; by default nobody. `beginning`:
+        the starter's own, which signs.
         """
         self.chain = chain
         self._admission = _admission_of(network, chain)
-        self.membership = Membership(chain.spec, identity.peer_id, self._admission)
+        self.membership = Membership(chain.spec, identity.peer_id, self._admission, beginning)
         self.is_overtaken = False  # a better chain than mine was seen and verified
         self._network, self._identity = network, identity
         self._pace = Pace(chain.spec.lease_seconds)
@@ -301,7 +305,8 @@ class Agreement:
 
     def adopt(self, chain: Chain) -> None:
         """Move to a chain whose state is held here; the round begins anew."""
-        self.chain = chain
+        self.membership.beginning.sign(chain)
+        self.chain = chain = self.membership.beginning.of(chain)
         self._voter.move_to(chain)
         self._roster.begin_round()
         self._voting.begin_round()
@@ -433,6 +438,7 @@ class Agreement:
             about=self._about(),
             resigned=self.chain.tip if self._roster.has_resigned(self.chain) else "",
             credential=None if self._admission is None else self._admission.credential,
+            witness=self.membership.beginning.witness,
             issued_at=now,
             expires_at=now + self.chain.spec.lease_seconds,
         )
@@ -452,7 +458,15 @@ class Agreement:
         while True:
             await asyncio.sleep(POLL_SECONDS if self._phase == "ready" else WATCH_SECONDS)
             await self._presence.read_board()
+            self._look_at_beginning()
             self._bell.ring()
+
+    def _look_at_beginning(self) -> None:
+        """What the heartbeats that came tell of it."""
+        beginning = self.membership.beginning
+        if beginning.watches and not self.chain.commits:
+            beginning.saw_training(self.membership.in_training(tip=GENESIS, now=self._network.now()))
+        self.chain = beginning.of(self.chain)
 
     async def _come_back(self) -> None:
         """With a new daemon: while there was none, my machine refused, so the others may count me as gone."""
@@ -697,6 +711,7 @@ class Agreement:
 
     async def _on_heartbeat(self, peer_id: str, body: Any) -> bytes:
         self.membership.observe(json.dumps(body).encode(), now=self._network.now(), claimed_by=peer_id)
+        self._look_at_beginning()
         self._bell.ring()
         return b"{}"
 

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from coordinator.records import GENESIS, Commit, Contribution, RecordError, SignedCommit, wrong_signer
+from coordinator.records import (
+    GENESIS,
+    Commit,
+    Contribution,
+    FirstCommit,
+    RecordError,
+    SignedCommit,
+    Witness,
+    is_signature_of,
+    wrong_signer,
+)
 from coordinator.spec import RunSpec
 
 MAX_MISSING_RANGES_IN_ALL = 16_384  # of all contributions: a commit must fit into one message
@@ -118,6 +128,20 @@ class Chain:
                     found.setdefault(exclusion.peer, (exclusion.reason, num_rounds))
                 index -= 1  # the fusion that it undid
         return found
+
+    @property
+    def witness(self) -> Witness | None:
+        """The word of the run's starter for the first commit, where this copy of the chain has it."""
+        if not self.commits or not self.commits[0].witness:
+            return None
+        return Witness(commit=self.commits[0].commit.hash, signature=self.commits[0].witness)
+
+    def witnessed(self, witness: Witness) -> Chain:
+        """The same chain with that word, if it is of its first commit. It must have been checked."""
+        if not self.commits or self.commits[0].witness or self.commits[0].commit.hash != witness.commit:
+            return self
+        first = self.commits[0].model_copy(update={"witness": witness.signature})
+        return Chain(self.spec, (first, *self.commits[1:]))
 
     def before(self) -> Chain:
         """Without its last commit: the state to which a roll-back returns."""
@@ -235,6 +259,16 @@ def _check_signatures(signed: SignedCommit, spec: RunSpec) -> None:
         )
     if (peer := wrong_signer(signed.signatures, commit)) is not None:
         raise RecordError(f"the signature of {peer[-8:]} does not fit")
+    if signed.witness:
+        witness = Witness(commit=commit.hash, signature=signed.witness)
+        if commit.round != 1 or not is_witness(witness, spec):
+            raise RecordError("what the run's starter is said to have signed does not fit")
+
+
+def is_witness(witness: Witness, spec: RunSpec) -> bool:
+    """Whether it is signed by the starter that the spec names."""
+    value = FirstCommit(run=spec.digest, commit=witness.commit)
+    return spec.starter is not None and is_signature_of(witness.signature, value, spec.starter)
 
 
 def build_chain(spec: RunSpec, commits: Sequence[SignedCommit]) -> Chain:
@@ -248,7 +282,8 @@ def build_chain(spec: RunSpec, commits: Sequence[SignedCommit]) -> Chain:
 def is_better(challenger: Chain, mine: Chain) -> bool:
     """Whether to leave `mine` for `challenger`.
 
-    From the fork on, commit by commit, the larger `Backing` wins; then the longer chain, then the smaller
+    One that begins as the run's starter says wins over one that does not (`beginning.py`). Else, from the
+    fork on, commit by commit, the larger `Backing` wins; then the longer chain, then the smaller
     hash of the first commit that differs. So it is decided where they part, by those who had made what both
     share. Keys that somebody makes up have no part in that, however many rounds they sign afterwards: a sum
     over the rounds would let a few of them outweigh everybody, as they need no time for a round.
@@ -259,6 +294,9 @@ def is_better(challenger: Chain, mine: Chain) -> bool:
     if challenger.tip == mine.tip:
         return False
     fork = _fork_round(challenger, mine)
+    is_from_start = fork == 0 and challenger.commits and mine.commits
+    if is_from_start and (challenger.witness is None) != (mine.witness is None):
+        return mine.witness is None
     theirs, ours = challenger.backing[fork:], mine.backing[fork:]
     if theirs != ours:
         return theirs > ours

@@ -48,6 +48,7 @@ class ChainExchange:
         self._network, self._membership, self._pace = network, membership, pace
         self._own_chain = own_chain
         self._rejected_tips: Recent[str] = Recent(MAX_REJECTED_TIPS)
+        self._rejected_under = membership.beginning.witness
         self._doubts: dict[str, _Doubt] = {}  # by peer
         network.on_call("chain", self._on_chain)
 
@@ -59,6 +60,9 @@ class ChainExchange:
         believed: set[str] = set()
         for member in self._membership.live(self._network.now()):
             (doubted if self._is_doubted(member.peer_id) else believed).add(member.record.commit)
+        if self._rejected_under != self._membership.beginning.witness:  # what lost may win now
+            self._rejected_under = self._membership.beginning.witness
+            self._rejected_tips = Recent(MAX_REJECTED_TIPS)
         own = {signed.commit.hash for signed in self._own_chain().commits}
         return own.union(self._rejected_tips, doubted - believed)
 
@@ -110,7 +114,9 @@ class ChainExchange:
             logger.warning("no chain from %s: %s", peer_id[-8:], error)
             self._doubt(peer_id, time.monotonic() - began_at)
             return None
-        if is_better(chain, self._own_chain()):
+        beginning = self._membership.beginning
+        chain = beginning.of(chain)
+        if not beginning.is_other(chain) and is_better(chain, self._own_chain()):
             self._doubts.pop(peer_id, None)
             return chain
         if self._own_chain().tip != own_tip:  # I have gone on meanwhile, so it says nothing about the claim

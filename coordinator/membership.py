@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from coordinator.admission import Admission
+from coordinator.beginning import Beginning
 from coordinator.records import (
     MAX_CLOCK_SKEW_SECONDS,
     PeerRecord,
@@ -47,8 +48,15 @@ class Member:
 class Membership:
     """Newest valid heartbeat per peer. Bad ones are dropped, and the log says who and why. Thread-safe."""
 
-    def __init__(self, spec: RunSpec, own_peer_id: str, admission: Admission | None = None) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        own_peer_id: str,
+        admission: Admission | None = None,
+        beginning: Beginning | None = None,
+    ) -> None:
         """`admission`: of a private run; only those that it lets in are members."""
+        self.beginning = beginning or Beginning(spec)
         self._spec, self._own_peer_id, self._admission = spec, own_peer_id, admission
         self._lock = threading.Lock()
         self._members: dict[str, Member] = {}
@@ -74,6 +82,7 @@ class Membership:
         with self._lock:
             if author in self._banned or not self._hear(author, record, now):
                 return None
+            self.beginning.learn(record.witness)
             return self._store(Member(author, record, _envelope(data)))
 
     def _hear(self, peer_id: str, record: PeerRecord, now: float) -> bool:

@@ -102,6 +102,21 @@ class Revocations(Record):
     keys: Annotated[list[PeerIdText], Field(max_length=MAX_REVOKED)]  # of invites and of peers
 
 
+class FirstCommit(Record):
+    """What the starter of a run signs, once: the value of its first commit."""
+
+    kind: Literal["first_commit"] = "first_commit"
+    run: HashText
+    commit: HashText
+
+
+class Witness(Record):
+    """That signature, as it is told on; see coordinator/beginning.py."""
+
+    commit: HashText
+    signature: SignatureText  # of the starter over the FirstCommit
+
+
 class PeerRecord(Record):
     """A peer's heartbeat: where it stands. Its author is the signer of the envelope."""
 
@@ -117,6 +132,7 @@ class PeerRecord(Record):
     about: AboutPeer | None = None  # for people who watch; see coordinator/monitor.py
     resigned: OptionalHash = ""  # hash of the commit in whose next round it does not vote, whatever it does
     credential: Credential | None = None  # of a private run
+    witness: Witness | None = None  # told on by all
     issued_at: Instant
     expires_at: Instant
 
@@ -187,6 +203,7 @@ class Commit(Record):
 class SignedCommit(Record):
     commit: Commit
     signatures: Annotated[dict[PeerIdText, SignatureText], Field(max_length=1024)]
+    witness: SignatureText = ""  # of the first commit only: the starter's
 
     @cached_property
     def text(self) -> str:

@@ -31,8 +31,8 @@ LeaseSeconds = Annotated[float, Field(ge=5, le=3600, allow_inf_nan=False)]
 MaxWeight = Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**53)]  # bounded, so that it converts to a float
 Aggregation = Literal["mean", "clipped_mean", "trimmed_mean", "median", "disjoint_mean", "centered_clipping"]
-# An Ed25519 key, written as libp2p writes the peer id of its holder.
-OrganizerId = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
+# A key, written as libp2p writes the peer id of its holder.
+Ed25519Id = Annotated[str, Field(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}$")]
 PositiveSeconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
 
 
@@ -82,7 +82,8 @@ class RunSpec(_Frozen):
     gate_left_out_rounds: Annotated[int, Field(ge=1, le=1000)] = 3  # fusions that stand, without that peer
     gate_max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 3  # in a row; then a round stands, worse or not
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    organizer: OrganizerId | None = None  # whose invites let a peer in; None: a public run
+    organizer: Ed25519Id | None = None  # whose invites let a peer in; None: a public run
+    starter: Ed25519Id | None = None  # who began the run, and signs its first commit; None: nobody does
 
     @field_validator("files")
     @classmethod
@@ -110,8 +111,9 @@ class RunSpec(_Frozen):
 
     def canonical(self) -> bytes:
         values = self.model_dump(mode="json")
-        if self.organizer is None:  # the digest of a public run is as it was before there were private ones
-            del values["organizer"]
+        for later in ("organizer", "starter"):  # the digest of a run without is as it was before
+            if values[later] is None:
+                del values[later]
         return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
     @property

@@ -29,6 +29,7 @@ from coordinator.cli import (
     with_invite,
 )
 from coordinator.errors import UsageError
+from coordinator.identity import load_identity
 from coordinator.organizer import load_organizer
 
 if TYPE_CHECKING:
@@ -462,6 +463,7 @@ def _begin_run(
     options.setdefault("run_name", default_run_name(args.model))
     if args.private:
         options["organizer"] = load_organizer(args.organizer_key).peer_id
+    options["starter"] = load_identity(config.identity_file).peer_id
     return make_run(args.model, args.revision, options, config.output_dir / "base")
 
 

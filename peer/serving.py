@@ -8,6 +8,7 @@ from typing import Any
 
 from coordinator.admission import admission_of, check_own
 from coordinator.agreement import Agreement
+from coordinator.beginning import WITNESS_NAME, Beginning
 from coordinator.board import BoardValidator
 from coordinator.chain import Chain
 from coordinator.errors import SpecError, UsageError
@@ -56,8 +57,8 @@ class EntryPoint:
         """Until told to stop, or until the run is over. Raises SwarmError."""
         with CheckpointStore(self._dir):  # one process per directory
             recover_directory(self._dir / "base")
-            spec, state = self._open_run()
             identity = load_identity(self._identity_path)
+            spec, state = self._open_run(identity.peer_id)
             admission = admission_of(spec, None, identity, self._dir, self._organizer_key)
             config = NetworkConfig(
                 identity,
@@ -68,7 +69,8 @@ class EntryPoint:
             )
             with Ledger(self._dir / LEDGER_NAME) as ledger, Network(config, ledger.sent) as network:
                 ledger.know(spec.digest, state.manifest.layout)
-                agreement = Agreement(network, identity, Chain(spec), serves_only=True)
+                beginning = Beginning(spec, identity, self._dir / WITNESS_NAME)
+                agreement = Agreement(network, identity, Chain(spec), serves_only=True, beginning=beginning)
                 find = {state.state_hash: state}.get
                 serve_run(network, spec, self._dir / "base", find)
                 validator = BoardValidator(spec.digest, admission=admission)
@@ -96,11 +98,14 @@ class EntryPoint:
                 commit = chain.commits[-1].commit
                 what = f"by {len(commit.contributors)} peers" if commit.contributors else "as a roll-back"
                 self._reporter.note(f"round {chain.round} was committed {what}")
+                was_signed = agreement.membership.beginning.witness is not None
                 network.run(_follow(agreement, chain), timeout_seconds=15.0)
+                if agreement.membership.beginning.witness is not None and not was_signed:
+                    self._reporter.note("the first round is signed as the run's: this process may end now")
             if agreement.chain.round >= agreement.chain.spec.num_rounds and not agreement.live():
                 return "the run is over"
 
-    def _open_run(self) -> tuple[RunSpec, State]:
+    def _open_run(self, starter: str) -> tuple[RunSpec, State]:
         path = self._dir / "run.toml"
         if path.exists():
             return self._reopen(load_spec(path))
@@ -110,6 +115,7 @@ class EntryPoint:
             for key, value in self._values.items()
             if key not in (*_COMPUTED_KEYS, "model", "revision")
         }
+        options["starter"] = starter  # not that of another run, whose file is taken for a template
         spec, state = make_run(
             self._values["model"],
             self._values.get("revision"),

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from coordinator.admission import admission_of, check_own
 from coordinator.agreement import Agreement, Committed, Fused, Group, LeftAlone, Overtaken
+from coordinator.beginning import WITNESS_NAME, Beginning
 from coordinator.board import BoardValidator
 from coordinator.chain import Chain, build_chain
 from coordinator.errors import AccessError, NetworkError, SpecError, StateError, SwarmError, UsageError
@@ -248,6 +249,7 @@ class Session:
             holds=lambda state_hash: state_hash in self._pending,
             wants_rollback=lambda tip: self._wants_rollback() and tip == self._agreement.chain.tip,
             leaves_out=self._leaves_out,
+            beginning=Beginning(spec, identity, self._dir / WITNESS_NAME),
         )
         self._gatekeeper = Gatekeeper(
             spec, self._network, self._agreement, self._reporter, self._data.task.kind

@@ -16,8 +16,10 @@ from peer.model import load_classifier, load_tokenizer, save_task_model
 from peer.serving import EntryPoint
 from peer.stopping import StopSwitch
 from peer.tasks import Task
+from tests.fakes import peer
 from tests.tiny_models import make_model_dir
 
+STARTER = peer("starter")
 TASK = Task(kind="classification", is_pair=False, label_names=("grim", "happy"))
 
 
@@ -44,11 +46,11 @@ def test_a_run_that_was_begun_from_a_relative_path_is_served_again(
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     out.mkdir()
-    spec, _ = entry_point(out, {"model": "mine/model"})._open_run()
-    again, _ = entry_point(out, {"model": "mine/model"}, model="mine/model")._open_run()
+    spec, _ = entry_point(out, {"model": "mine/model"})._open_run(STARTER)
+    again, _ = entry_point(out, {"model": "mine/model"}, model="mine/model")._open_run(STARTER)
     assert again == spec
     with pytest.raises(UsageError, match="with another model"):
-        entry_point(out, {"model": "mine/other"}, model="mine/other")._open_run()
+        entry_point(out, {"model": "mine/other"}, model="mine/other")._open_run(STARTER)
 
 
 def test_a_spec_file_with_the_hashes_of_its_model_is_served_as_it_is(tmp_path: Path) -> None:
@@ -58,14 +60,14 @@ def test_a_spec_file_with_the_hashes_of_its_model_is_served_as_it_is(tmp_path: P
     first, out = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     out.mkdir()
-    spec, _ = entry_point(first, {"model": str(tmp_path / "own")})._open_run()
+    spec, _ = entry_point(first, {"model": str(tmp_path / "own")})._open_run(STARTER)
     written = spec.model_dump(mode="json")
     config = (tmp_path / "own" / "config.json").read_bytes()
     written["files"]["config.json"] = {
         "sha256": hashlib.sha256(config).hexdigest(),
         "size_bytes": len(config),
     }
-    served, _ = entry_point(out, written)._open_run()
+    served, _ = entry_point(out, written)._open_run(STARTER)
     assert served.model_dump(mode="json") == written
     assert has_files(served, out / "base")
     assert (out / "base" / "config.json").read_bytes() == config
@@ -73,4 +75,4 @@ def test_a_spec_file_with_the_hashes_of_its_model_is_served_as_it_is(tmp_path: P
     third = tmp_path / "third"
     third.mkdir()
     with pytest.raises(SpecError, match="is not the one whose hashes the spec file holds"):
-        entry_point(third, written)._open_run()
+        entry_point(third, written)._open_run(STARTER)

@@ -19,7 +19,7 @@ from coordinator.spec import load_spec
 from peer.data import DataConfig, load_task_data
 from peer.finetune import FinetuneConfig
 from peer.genesis import load_first_state
-from peer.state import CheckpointStore
+from peer.state import Checkpoint, CheckpointStore
 from scripts.local_peers import identity_of
 from scripts.simulation import Contributor, SimulatedSwarm
 from scripts.swarm_processes import LocalSwarm, SwarmProcess
@@ -170,6 +170,8 @@ def test_three_peers_with_three_kinds_of_task(tmp_path: Path) -> None:
         assert {entry["metric"] for entry in rounds} == {"pearson" if kind == "regression" else "accuracy"}
         assert set(rounds[0]["accuracy"]) == {"base", "own", "fused"}
         assert peer.of_kind("stopped")[0]["round"] == 2
+        assert last_checkpoint(tmp_path / kind).commits[0]["witness"]  # the starter's word, which may go now
+    assert json.loads((tmp_path / "starter" / "witness.json").read_text())["commit"]
     check_models(tmp_path, "pair", "single")
     check_against_simulation(tmp_path, kinds)
 
@@ -227,10 +229,15 @@ def test_the_starter_goes_a_peer_is_killed_and_comes_back_and_a_newcomer_enters(
 
 
 def final_state(directory: Path) -> tuple[int, str]:
+    checkpoint = last_checkpoint(directory)
+    return checkpoint.round, checkpoint.commits[-1]["commit"]["state_hash"]
+
+
+def last_checkpoint(directory: Path) -> Checkpoint:
     with CheckpointStore(directory) as store:
         checkpoint = store.load()
     assert checkpoint is not None
-    return checkpoint.round, checkpoint.commits[-1]["commit"]["state_hash"]
+    return checkpoint
 
 
 @pytest.mark.parametrize(
