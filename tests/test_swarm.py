@@ -274,7 +274,7 @@ def test_it_stops_when_told_and_leaves_no_process(
         assert store.load() is not None
 
 
-def test_a_swarm_of_one_resumes_after_sigkill_and_is_found_by_another(tmp_path: Path) -> None:
+def test_a_swarm_of_one_resumes_after_sigkill(tmp_path: Path) -> None:
     model = make_model_dir(tmp_path / "pretrained")
     data = write_task(tmp_path / "data.jsonl", seed=0)
     flags = ["--model", str(model), "--min-peers", "1", "--rounds", "4", "--round-seconds", "2"]
@@ -288,6 +288,7 @@ def test_a_swarm_of_one_resumes_after_sigkill_and_is_found_by_another(tmp_path: 
         assert joined["round"] >= max(before)
         swarm.wait_until_ended([again], timeout_seconds=120.0)
     assert max(committed(again)) == 4
+    assert last_checkpoint(tmp_path / "one").commits[0]["witness"]  # who begins a run may train in it
     assert [entry["round"] for entry in rounds_file(tmp_path / "one")] == [1, 2, 3, 4]
 
 
