@@ -28,7 +28,7 @@ from coordinator.records import RecordError, parse_json
 from coordinator.spec import MAX_SPEC_BYTES, RunSpec, load_spec, parse_spec, validate_spec
 from coordinator.transfer import Piece, fetch_blob, serve_blobs
 from peer.layout import CHUNK_SIZE_BYTES, StateManifest, TensorLayout, flat_bytes, make_manifest
-from peer.model import load_backbone, model_files, name_in_spec, resolve_model, shared_bytes
+from peer.model import check_revision, load_backbone, model_files, name_in_spec, resolve_model, shared_bytes
 from peer.outer import OUTER_OPTIMIZERS, buffer_names
 from peer.state import kept_run, replace_directory
 
@@ -94,8 +94,9 @@ def make_run(
 ) -> tuple[RunSpec, State]:
     """A new run of `model`: its spec and round 0. The model's data files are copied to `base_dir`.
 
-    `options`: the remaining keys of the spec. Raises ModelError, SpecError.
+    `options`: the remaining keys of the spec. Raises ModelError, SpecError, UsageError.
     """
+    check_revision(model, revision)
     model_dir = resolve_model(model, revision)
     layout, backbone = load_backbone(model_dir)
     outer = options.get("outer_optimizer", "plain")

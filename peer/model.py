@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from coordinator.errors import ModelError
+from coordinator.errors import ModelError, UsageError
 from peer.layout import TensorLayout, flat_bytes
 from peer.stopping import ends_at_once
 from peer.tasks import Task
@@ -243,6 +243,13 @@ def resolve_model(name: str, revision: str | None) -> Path:
             f"no model directory at {name}; give a directory that holds config.json, or a hub id"
         )
     return _download(name, revision)
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Raises UsageError where it would mean nothing."""
+    if revision is not None and Path(name).expanduser().exists():
+        why = f"give its id: {name} is a folder here"
+        raise UsageError(f"--revision {revision} is of a model on the hub; {why}")
 
 
 def name_in_spec(name: str) -> str:

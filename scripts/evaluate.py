@@ -50,7 +50,7 @@ from peer.benchmark import (
     load_texts,
 )
 from peer.display import clean, format_seconds
-from peer.model import load_tokenizer, resolve_model
+from peer.model import check_revision, load_tokenizer, resolve_model
 from peer.state import write_text
 from peer.statistics import Comparison, Metric, compare
 from scripts.demo import embedded_encoder
@@ -175,6 +175,7 @@ def comparisons(
 
 def open_model(name: str, shown_as: str, revision: str | None = None) -> Model:
     """Raises ModelError."""
+    check_revision(name, revision)
     model_dir = embedded_encoder() if name == PACKAGED else resolve_model(name, revision)
     tokenizer = load_tokenizer(model_dir)
     return Model(shown_as, Encoder.load(model_dir), tokenizer, tokenizer_key(tokenizer))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from coordinator.errors import ModelError
+from coordinator.errors import ModelError, UsageError
 from coordinator.network import Network, PeerUnreachable
 from coordinator.spec import validate_spec
 from peer import genesis, state
@@ -125,6 +125,13 @@ def test_a_run_shares_no_label_names_of_its_base_model(tmp_path: Path) -> None:
     earlier = validate_spec({**spec.model_dump(mode="json"), "files": as_it_was}, source="a test")
     assert has_files(earlier, own)  # a run that an earlier version began
     assert not has_files(earlier, base)
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    own = make_model_dir(tmp_path / "bert")
+    with pytest.raises(UsageError, match="--revision main is of a model on the hub; give its id"):
+        make_run(str(own), "main", {}, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
 
 
 def test_a_directory_is_no_hub_id_for_those_who_do_not_have_it(
