@@ -194,7 +194,13 @@ class Agreement:
         self._presence = Presence(
             network, identity, chain.spec, self.membership, self._pace, lambda: self._heartbeat()
         )
-        self._chains = ChainExchange(network, self.membership, self._pace, lambda: self.chain)
+        self._chains = ChainExchange(
+            network,
+            self.membership,
+            self._pace,
+            lambda: self.chain,
+            lambda: self._phase in TRAINING_PHASES,
+        )
         self._about = about
         self._serves_only = serves_only  # follows the chain, holds round 0 and trains nothing
         self._remember, self._obtain = remember, obtain
@@ -305,8 +311,9 @@ class Agreement:
 
     def adopt(self, chain: Chain) -> None:
         """Move to a chain whose state is held here; the round begins anew."""
-        self.membership.beginning.sign(chain)
-        self.chain = chain = self.membership.beginning.of(chain)
+        self.chain = chain
+        self._look_at_beginning()
+        chain = self.chain
         self._voter.move_to(chain)
         self._roster.begin_round()
         self._voting.begin_round()
@@ -464,8 +471,9 @@ class Agreement:
     def _look_at_beginning(self) -> None:
         """What the heartbeats that came tell of it."""
         beginning = self.membership.beginning
-        if beginning.watches and not self.chain.commits:
-            beginning.saw_training(self.membership.in_training(tip=GENESIS, now=self._network.now()))
+        if beginning.watches:
+            training = self.membership.in_training(tip=GENESIS, now=self._network.now())
+            beginning.consider(self.chain, training)
         self.chain = beginning.of(self.chain)
 
     async def _come_back(self) -> None:

@@ -20,6 +20,7 @@ from coordinator.records import (
 )
 from coordinator.spec import RunSpec
 
+RECENT_ROUNDS = 10  # two at least: a roll-back has no contributors, and never follows another one
 MAX_MISSING_RANGES_IN_ALL = 16_384  # of all contributions: a commit must fit into one message
 
 
@@ -33,7 +34,7 @@ class Backing(NamedTuple):
     """
 
     cohort: int  # of those who made the previous round
-    members: int  # of those who made any earlier round
+    recent: int  # of those who made one of the last rounds
     contributors: int  # see `num_backed`
 
 
@@ -72,21 +73,16 @@ class Chain:
         """Whoever contributed to a round of this chain."""
         return frozenset(c.peer for signed in self.commits for c in signed.commit.contributors)
 
-    @cached_property
-    def backing(self) -> tuple[Backing, ...]:
-        """Of each commit: `backing[r - 1]` is that of round r."""
-        found: list[Backing] = []
-        cohort: frozenset[str] = frozenset()
-        members: set[str] = set()
-        for commit in (signed.commit for signed in self.commits):
-            electorate = set(commit.electorate)
-            required = required_signatures(electorate)
-            of_cohort = required if electorate <= cohort else 0
-            of_members = max(0, required - len(electorate - members))
-            found.append(Backing(of_cohort, of_members, num_backed(commit, self.spec)))
-            cohort = cohort if commit.kind == "rollback" else commit.cohort
-            members |= commit.cohort
-        return tuple(found)
+    def backing(self, index: int) -> Backing:
+        """Of `commits[index]`. It follows from that and the RECENT_ROUNDS before it."""
+        commit = self.commits[index].commit
+        recent = [signed.commit for signed in self.commits[max(0, index - RECENT_ROUNDS) : index]]
+        cohorts = [before.cohort for before in recent if before.kind == "fuse"]
+        electorate = set(commit.electorate)
+        required = required_signatures(electorate)
+        of_cohort = required if cohorts and electorate <= cohorts[-1] else 0
+        of_recent = max(0, required - len(electorate.difference(*cohorts)))
+        return Backing(of_cohort, of_recent, num_backed(commit, self.spec))
 
     @property
     def is_rolled_back(self) -> bool:
@@ -293,13 +289,16 @@ def is_better(challenger: Chain, mine: Chain) -> bool:
     """
     if challenger.tip == mine.tip:
         return False
-    fork = _fork_round(challenger, mine)
+    fork = fork_round(challenger, mine)
     is_from_start = fork == 0 and challenger.commits and mine.commits
     if is_from_start and (challenger.witness is None) != (mine.witness is None):
         return mine.witness is None
-    theirs, ours = challenger.backing[fork:], mine.backing[fork:]
-    if theirs != ours:
-        return theirs > ours
+    for index in range(fork, min(challenger.round, mine.round)):
+        theirs, ours = challenger.backing(index), mine.backing(index)
+        if theirs != ours:
+            return theirs > ours
+    if challenger.round != mine.round:
+        return challenger.round > mine.round
     return challenger.commits[fork].commit.hash < mine.commits[fork].commit.hash
 
 
@@ -321,7 +320,8 @@ def num_backed(commit: Commit, spec: RunSpec) -> int:
     return most if commit.kind == "rollback" else min(len(commit.contributors), most)
 
 
-def _fork_round(one: Chain, other: Chain) -> int:
+def fork_round(one: Chain, other: Chain) -> int:
+    """The last one that both have."""
     for index, (a, b) in enumerate(zip(one.commits, other.commits, strict=False)):
         if a.commit.hash != b.commit.hash:
             return index

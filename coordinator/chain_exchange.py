@@ -15,16 +15,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.chain import Chain, is_better
+from coordinator.chain import Chain, fork_round, is_better, required_signatures
 from coordinator.errors import NetworkError
 from coordinator.limits import Recent
-from coordinator.membership import Member, Membership
+from coordinator.membership import TRAINING_PHASES, Member, Membership
 from coordinator.network import Network
 from coordinator.pace import Pace
-from coordinator.records import PeerRecord, RecordError, SignedCommit, parse_json, parse_record
+from coordinator.records import GENESIS, PeerRecord, RecordError, SignedCommit, parse_json, parse_record
 
 logger = logging.getLogger(__name__)
 
+CONTESTED_SECONDS = 2.0  # until a chain is looked at again that says of peers that they are gone, who are not
 LOOKING_SECONDS = 40.0  # at all claims together, however long the chains
 MORE_SECONDS = 2.0  # once a better chain is there: for others, which may be better yet
 MIN_PAUSE_SECONDS = 1.0  # after an empty claim
@@ -43,10 +44,17 @@ class _Doubt:
 
 class ChainExchange:
     def __init__(
-        self, network: Network, membership: Membership, pace: Pace, own_chain: Callable[[], Chain]
+        self,
+        network: Network,
+        membership: Membership,
+        pace: Pace,
+        own_chain: Callable[[], Chain],
+        is_training: Callable[[], bool] = lambda: False,  # whether I train on the tip of the own chain
     ) -> None:
         self._network, self._membership, self._pace = network, membership, pace
-        self._own_chain = own_chain
+        self._own_chain, self._is_training = own_chain, is_training
+        self._contested: dict[str, float] = {}  # tip -> time.monotonic() until which it is not looked at
+        self._contested_since: dict[str, float] = {}  # first commit -> time.monotonic()
         self._rejected_tips: Recent[str] = Recent(MAX_REJECTED_TIPS)
         self._rejected_under = membership.beginning.witness
         self._doubts: dict[str, _Doubt] = {}  # by peer
@@ -64,7 +72,9 @@ class ChainExchange:
             self._rejected_under = self._membership.beginning.witness
             self._rejected_tips = Recent(MAX_REJECTED_TIPS)
         own = {signed.commit.hash for signed in self._own_chain().commits}
-        return own.union(self._rejected_tips, doubted - believed)
+        now = time.monotonic()
+        self._contested = {tip: until for tip, until in self._contested.items() if until > now}
+        return own.union(self._rejected_tips, self._contested, doubted - believed)
 
     async def best_claimed(self) -> Chain | None:
         """The best chain among those that live peers claim, verified, if it is better than the own one.
@@ -115,16 +125,60 @@ class ChainExchange:
             self._doubt(peer_id, time.monotonic() - began_at)
             return None
         beginning = self._membership.beginning
-        chain = beginning.of(chain)
-        if not beginning.is_other(chain) and is_better(chain, self._own_chain()):
+        beginning.consider(chain, self._membership.in_training(tip=GENESIS, now=self._network.now()))
+        whole = beginning.of(chain)
+        chain = self._uncontested(whole)
+        if is_better(chain, self._own_chain()):
             self._doubts.pop(peer_id, None)
             return chain
+        if chain.tip != whole.tip:
+            self._contested[whole.tip] = time.monotonic() + CONTESTED_SECONDS
+            return None
         if self._own_chain().tip != own_tip:  # I have gone on meanwhile, so it says nothing about the claim
             return None
         self._rejected_tips.add(chain.tip)
         if chain.tip != claim.commit:  # another peer may hold the chain of that tip
             self._doubt(peer_id, time.monotonic() - began_at)
         return None
+
+    def _uncontested(self, chain: Chain) -> Chain:
+        """Cut before a commit that some signed as if others were gone whom I hear train for that round.
+
+        Catching up is no vote, so `View.expected` does not protect it: a few made-up keys could follow each
+        commit with one of their own, at once, and all would leave the round that they are in. More peers of
+        the last cohort must train on its commit than must have signed the next one; and only within the time
+        that a round takes, so that who only says that he trains holds nobody back for longer.
+        """
+        now, own, spec = self._network.now(), self._own_chain(), chain.spec
+        limit = spec.round_limit_seconds + spec.exchange_limit_seconds + spec.lease_seconds
+        training: dict[str, set[str]] = {}
+        for member in self._membership.live(now):
+            if member.record.phase in TRAINING_PHASES:
+                training.setdefault(member.record.commit, set()).add(member.peer_id)
+        if self._is_training():
+            training.setdefault(own.tip, set()).add(self._network.peer_id)
+        for index in range(fork_round(chain, own), chain.round):
+            tip = chain.commits[index - 1].commit.hash if index else GENESIS
+            if tip not in training:
+                continue
+            before, signed = Chain(spec, chain.commits[:index]), chain.commits[index]
+            here = training[tip] - signed.signatures.keys()
+            if index == 0:
+                most = required_signatures(signed.commit.electorate)
+                is_over = chain.witness is not None or self._seconds_contested(signed.commit.hash) > limit
+            else:
+                here &= before.cohort
+                most = chain.backing(index).cohort
+                is_over = now > before.committed_at + limit
+            if len(here) > most and not is_over:
+                logger.info("%d peers train for round %d, which others say is over", len(here), index + 1)
+                return before
+        return chain
+
+    def _seconds_contested(self, first_commit: str) -> float:
+        if len(self._contested_since) > MAX_REJECTED_TIPS:
+            self._contested_since.clear()
+        return time.monotonic() - self._contested_since.setdefault(first_commit, time.monotonic())
 
     def _is_doubted(self, peer_id: str) -> bool:
         return self._doubts.get(peer_id, _Doubt()).until > time.monotonic()

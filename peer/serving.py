@@ -58,6 +58,7 @@ class EntryPoint:
         with CheckpointStore(self._dir):  # one process per directory
             recover_directory(self._dir / "base")
             identity = load_identity(self._identity_path)
+            is_new = not (self._dir / "run.toml").exists()
             spec, state = self._open_run(identity.peer_id)
             admission = admission_of(spec, None, identity, self._dir, self._organizer_key)
             config = NetworkConfig(
@@ -69,7 +70,7 @@ class EntryPoint:
             )
             with Ledger(self._dir / LEDGER_NAME) as ledger, Network(config, ledger.sent) as network:
                 ledger.know(spec.digest, state.manifest.layout)
-                beginning = Beginning(spec, identity, self._dir / WITNESS_NAME)
+                beginning = Beginning(spec, identity, self._dir / WITNESS_NAME, is_new=is_new)
                 agreement = Agreement(network, identity, Chain(spec), serves_only=True, beginning=beginning)
                 find = {state.state_hash: state}.get
                 serve_run(network, spec, self._dir / "base", find)

@@ -249,7 +249,7 @@ class Session:
             holds=lambda state_hash: state_hash in self._pending,
             wants_rollback=lambda tip: self._wants_rollback() and tip == self._agreement.chain.tip,
             leaves_out=self._leaves_out,
-            beginning=Beginning(spec, identity, self._dir / WITNESS_NAME),
+            beginning=Beginning(spec, identity, self._dir / WITNESS_NAME, is_new=first_state is not None),
         )
         self._gatekeeper = Gatekeeper(
             spec, self._network, self._agreement, self._reporter, self._data.task.kind

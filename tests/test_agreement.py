@@ -32,7 +32,7 @@ from coordinator.agreement import (
 )
 from coordinator.ballot import Ballot
 from coordinator.board import BoardValidator
-from coordinator.chain import Chain, build_chain
+from coordinator.chain import Chain, build_chain, is_better
 from coordinator.errors import RoundError
 from coordinator.identity import load_identity
 from coordinator.network import Network, PeerUnreachable
@@ -609,6 +609,69 @@ def test_of_a_fork_the_heavier_side_wins_on_both(tmp_path: Path) -> None:
         assert found[0] == many
         assert heavy.run(heavy.agreement.better_chain()) is None
         assert not isinstance(heavy.agreement.decide(), CatchUp)  # it has lost, and is not asked again
+
+
+@pytest.mark.parametrize("num_rounds", [0, 1])
+def test_made_up_keys_that_follow_each_commit_at_once_interrupt_nobody(
+    tmp_path: Path, num_rounds: int
+) -> None:
+    """They claim that all are gone; who hears the others train stays, and the next round is theirs."""
+    with swarm(4, tmp_path) as [*members, liar]:
+        for _ in range(num_rounds):
+            for member in members:
+                member.get_ready()
+            outcomes([member.fuse(same_state) for member in members])
+        common = assert_one_chain(members, num_rounds)
+        for member in members:
+            member.run(member.agreement.set_phase("finetuning", entered_at=Network.now()))
+        see_each_other(members)
+        evil = extend(common, ["t", "u"], state_hash=hash_of("evil"))
+        liar.adopt(evil)
+        for member in members:
+            liar.call(member, "heartbeat", envelope(liar))
+            assert member.run(member.agreement.better_chain()) is None
+            assert not isinstance(member.agreement.decide(), CatchUp)  # for a while it is not looked at
+            assert not member.agreement.is_overtaken
+        for member in members:
+            member.get_ready()
+        outcomes([member.fuse(same_state) for member in members])
+        chain = assert_one_chain(members, num_rounds + 1)
+        assert chain.commits[:-1] == common.commits
+        see_each_other([members[0], liar])
+        assert is_better(chain, evil)
+
+
+def test_who_is_left_alone_follows_those_who_went_on(tmp_path: Path) -> None:
+    """Also where they say that all were gone: it may have been so."""
+    with swarm(2, tmp_path) as [me, other]:
+        common = extend(me.agreement.chain, ["a", "b", "c"], committed_at=Network.now())
+        on = extend(common, ["x", "y"], state_hash=hash_of("on"))
+        me.adopt(common)
+        other.adopt(on)
+        see_each_other([other, me])
+        found = me.run(me.agreement.better_chain())
+        assert found is not None
+        assert found[0] == on
+
+
+@pytest.mark.parametrize(("age_seconds", "is_followed"), [(0.0, False), (100.0, False), (200.0, True)])
+def test_who_only_says_that_it_trains_holds_nobody_back_for_longer_than_a_round(
+    tmp_path: Path, age_seconds: float, is_followed: bool
+) -> None:
+    limits = {"lease_seconds": 10.0, "round_limit_seconds": 60.0, "exchange_limit_seconds": 60.0}
+    spec = make_spec(created_at=Network.now() - 1e5, **limits)
+    with swarm(2, tmp_path, spec) as [me, other]:
+        made_at = Network.now() - age_seconds
+        common = extend(me.agreement.chain, ["a", "b"], committed_at=made_at)
+        on = extend(common, ["x", "y"], state_hash=hash_of("on"))
+        me.adopt(common)
+        other.adopt(on)
+        now = Network.now()
+        record = make_heartbeat(common, issued_at=now, expires_at=now + 10.0)
+        me.agreement.membership.observe(sign(record, identity("a")).to_bytes(), now=now, claimed_by=peer("a"))
+        see_each_other([other, me])
+        found = me.run(me.agreement.better_chain())
+        assert (found is not None and found[0] == on) == is_followed
 
 
 def test_claims_without_signatures_cost_a_look_and_nothing_more(tmp_path: Path) -> None:

@@ -55,9 +55,10 @@ def word(chain: Chain, signer: str = "starter", **changes: str) -> Witness:
     return Witness(**{"commit": commit, "signature": signature_text(value, identity(signer)), **changes})
 
 
-def starter(directory: Path, *trainers: str) -> Beginning:
-    beginning = Beginning(SPEC, identity("starter"), directory / WITNESS_NAME)
-    beginning.saw_training(peers(trainers))
+def starter(directory: Path, seen: str = "", **changes: bool) -> Beginning:
+    """Who saw these train for the first round."""
+    beginning = Beginning(SPEC, identity("starter"), directory / WITNESS_NAME, **{"is_new": True, **changes})
+    beginning.consider(EMPTY, peers(seen))
     return beginning
 
 
@@ -99,68 +100,83 @@ def test_only_the_first_commit_has_it() -> None:
         build_chain(SPEC, [two.commits[0], second])
 
 
-def test_the_first_word_that_is_heard_is_kept() -> None:
+def test_the_first_word_that_is_heard_is_kept_and_binds_nobody_to_what_there_is_not() -> None:
     beginning = Beginning(SPEC)
     beginning.learn(word(HONEST))
     beginning.learn(word(forged()))  # a starter that says two things
     assert beginning.witness == word(HONEST)
-    assert beginning.is_other(forged())
-    assert not beginning.is_other(HONEST)
     assert beginning.of(HONEST).witness == word(HONEST)
     assert beginning.of(forged()) == forged()
+    one, other = HONEST.witnessed(word(HONEST)), forged().witnessed(word(forged()))
+    assert is_better(other, one)  # as if neither had a word
+    assert not is_better(one, other)
+    lost = Beginning(SPEC)
+    lost.learn(word(extend(EMPTY, ["a", "b"], state_hash=hash_of("nowhere"))))
+    assert lost.of(HONEST) == HONEST
 
 
 def test_the_starter_signs_once_and_remembers_it(tmp_path: Path) -> None:
-    beginning = starter(tmp_path, "a", "b", "c")
-    beginning.sign(EMPTY)
+    beginning = starter(tmp_path, "abc")
     assert beginning.watches
-    beginning.sign(extend(HONEST, ABC))
+    beginning.consider(extend(HONEST, ABC), ())
     assert beginning.witness == word(HONEST)
-    beginning.sign(forged())
-    again = starter(tmp_path, *LIARS)  # after a restart
-    again.sign(forged())
+    beginning.consider(forged(), peers(LIARS))
+    again = starter(tmp_path, "tuvwxyz")  # after a restart
+    again.consider(forged(), ())
     assert again.witness == word(HONEST)
     assert not again.watches
 
 
 @pytest.mark.parametrize(
-    ("seen", "is_signed"),
+    ("seen", "training", "is_signed"),
     [
-        ("abc", True),
-        ("abcd", True),
-        ("ax", True),  # half of them is enough
-        ("axyz", False),
-        ("", False),  # it was away
+        ("abc", "", True),
+        ("abcdefg", "", True),  # who tried and left
+        ("abcdefg", "defg", False),  # more still train for another one
+        ("abcde", "de", True),
+        ("abc", "abc", True),  # they have not said yet that it is made
+        ("ab", "", True),
+        ("a", "", False),  # less than half of its signers
+        ("xyz", "", False),
+        ("", "", False),
     ],
 )
-def test_the_starter_signs_what_those_made_whom_it_saw_train(
-    tmp_path: Path, seen: str, is_signed: bool
+def test_the_starter_signs_what_those_signed_whom_it_saw_train(
+    tmp_path: Path, seen: str, training: str, is_signed: bool
 ) -> None:
-    beginning = starter(tmp_path, *seen)
-    beginning.sign(HONEST)
+    beginning = starter(tmp_path, seen)
+    beginning.consider(HONEST, peers(training))
     assert (beginning.witness is not None) == is_signed
 
 
-def test_the_starter_does_not_follow_strangers_while_others_train(tmp_path: Path) -> None:
-    beginning = starter(tmp_path, "a", "b", "c", "t")
-    assert beginning.is_other(forged())
-    beginning.sign(forged())
+def test_named_is_not_signed(tmp_path: Path) -> None:
+    """Two made-up keys name the five that train, and vote alone."""
+    five = list("abcde")
+    named = extend(EMPTY, five, ["t", "u"], electorate=list(peers("tu")))
+    beginning = starter(tmp_path, "abcdetu")
+    beginning.consider(named, peers("abcde"))
     assert beginning.witness is None
-    assert not starter(tmp_path).is_other(forged())  # it was away: it follows, and does not sign
-    crowd = starter(tmp_path, *(f"p{n}" for n in range(200)), "a", "b", "c")
-    assert crowd.is_other(HONEST)
-    few = make_spec(starter=peer("starter"), max_peers=3)  # not all of a crowd can be drawn
-    drawn = Beginning(few, identity("starter"))
-    drawn.saw_training(peers([*ABC, "d", "e", "f", "g"]))
-    assert not drawn.is_other(extend(Chain(few), ABC))
+    padded = extend(EMPTY, five, ["t", "u"], electorate=list(peers("tua")))
+    beginning.consider(padded, peers("abcde"))
+    assert beginning.witness is None
+    beginning.consider(extend(EMPTY, five), ())
+    assert beginning.witness is not None
+
+
+def test_a_starter_that_was_away_cannot_tell(tmp_path: Path) -> None:
+    away = starter(tmp_path, "t", is_new=False)
+    away.consider(extend(EMPTY, ["t", "u"]), ())
+    assert away.witness is None
+    starter(tmp_path, "abc").consider(HONEST, ())
+    assert starter(tmp_path, is_new=False).witness == word(HONEST)  # it has told already
 
 
 def test_a_starter_that_trains_signs_what_it_voted_for(tmp_path: Path) -> None:
     beginning = starter(tmp_path)
-    beginning.sign(extend(EMPTY, ["a", "b", "starter"], ["a", "b"]))  # named is not signed
+    beginning.consider(extend(EMPTY, ["a", "b", "starter"], ["a", "b"]), ())
     assert beginning.witness is None
     own = extend(EMPTY, ["a", "starter"])
-    beginning.sign(own)
+    beginning.consider(own, peers("a"))
     assert beginning.witness == word(own)
 
 
@@ -170,18 +186,17 @@ def test_a_word_that_cannot_be_read_is_not_given_anew(tmp_path: Path, text: str)
     with pytest.raises(StateError, match=r"witness\.json cannot be read"):
         starter(tmp_path)
     (tmp_path / WITNESS_NAME).write_bytes(word(HONEST, "a").canonical())
-    with pytest.raises(StateError, match="of another run or of another peer"):
+    with pytest.raises(StateError, match="of another run or of another peer; move it away"):
         starter(tmp_path)
     Beginning(SPEC, identity("a"), tmp_path / WITNESS_NAME)  # which is not the starter
 
 
 def test_the_word_is_kept_before_it_is_said(tmp_path: Path) -> None:
-    beginning = Beginning(SPEC, identity("starter"), tmp_path / "missing" / WITNESS_NAME)
-    beginning.saw_training(peers(ABC))
-    beginning.sign(HONEST)
+    beginning = starter(tmp_path / "missing", "abc")
+    beginning.consider(HONEST, ())
     assert beginning.witness is None
     (tmp_path / "missing").mkdir()
-    beginning.sign(extend(HONEST, ABC))  # with the next round
+    beginning.consider(HONEST, ())
     assert beginning.witness == word(HONEST)
 
 
@@ -197,7 +212,13 @@ def test_a_swarm_leaves_a_forged_beginning_for_that_of_its_starter(tmp_path: Pat
         empty = Chain(spec)
         file = tmp_path / WITNESS_NAME
         agreements = [
-            Agreement(networks[0], first, empty, serves_only=True, beginning=Beginning(spec, first, file)),
+            Agreement(
+                networks[0],
+                first,
+                empty,
+                serves_only=True,
+                beginning=Beginning(spec, first, file, is_new=True),
+            ),
             *(Agreement(networks[index], identities[index], empty) for index in (1, 2, 3)),
         ]
         one = extend(empty, ABC)
@@ -227,11 +248,15 @@ def test_a_swarm_leaves_a_forged_beginning_for_that_of_its_starter(tmp_path: Pat
         adopt(1, one)
         adopt(2, forged(empty))
         tell(2, 0)
-        assert look(0) is None  # not made by whom it saw
+        found = look(0)
+        assert found == forged(empty)  # there is no other one yet
+        adopt(0, found)
+        assert not file.exists()  # not by whom it saw
         tell(1, 0)
         found = look(0)
-        assert found == one
-        adopt(0, one)
+        assert found is not None
+        assert (found.tip, found.witness is None) == (one.tip, False)
+        adopt(0, found)
         assert file.exists()
         tell(2, 3)
         fooled = look(3)
