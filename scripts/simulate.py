@@ -7,7 +7,7 @@ DATA holds a folder of train.csv, validation.csv and test.csv for each name. Eve
 DIR gets run.toml, rounds.jsonl (one line a round), model/ (the fused encoder, for AutoModel.from_pretrained)
 and checkpoint.safetensors. Stopped, it goes on where it was: the same command gives the same bits.
 
-    --straggler cola=0.5          cola has done half of its budget when a round closes
+    --straggler cola=0.5          cola has done half of its budget when a round closes; 2: twice
     --harm mnli=flipped           mnli sends minus what it learned (none, noise, flipped, x100, shuffled)
     --churn 0.2                   each contributor misses a fifth of the rounds
     --drop 0.9, --trim 0.8        of each delta a tenth, by chance (DARE), or the largest fifth (TIES)

@@ -59,6 +59,7 @@ HARMS: dict[Harm, str] = {
     "x100": "sends 100 times what it learned",
     "shuffled": "learns from labels dealt out anew",
 }
+MAX_SPEED = 10.0
 Progress = Callable[[float], None]
 
 
@@ -69,12 +70,14 @@ class Contributor:
     name: str  # unique; its key, and so its luck in the draw, follows from it and the seed
     data: TaskData
     seed: int  # of its own draws: batches, heads
-    speed: float = 1.0  # a straggler has done this part of the budget when the round closes
+    speed: float = 1.0  # times the budget it has done when the round closes, as where only time closes it
     harm: Harm = "none"  # see HARMS
 
     def __post_init__(self) -> None:
-        if not 0 < self.speed <= 1:
-            raise UsageError(f"the speed of {self.name} must be above 0 and at most 1, not {self.speed}")
+        if not 0 < self.speed <= MAX_SPEED:
+            raise UsageError(
+                f"the speed of {self.name} must be above 0 and at most {MAX_SPEED:g}, not {self.speed}"
+            )
 
 
 @dataclass(frozen=True)

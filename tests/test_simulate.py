@@ -109,7 +109,7 @@ def test_a_run_that_was_stopped_goes_on(model_dir: Path, data_dir: Path, tmp_pat
     [
         (["--harm", "d=noise"], 2, "--harm d: no such contributor; there are a, b, c"),
         (["--harm", "a=loud"], 2, "--harm a=loud: choose one of none, noise"),
-        (["--straggler", "a=2"], 2, "speed of a"),
+        (["--straggler", "a=11"], 2, "speed of a must be above 0 and at most 10, not 11.0"),
         (["--churn", "1.5"], 2, "churn"),
         (["--drop", "1"], 2, "drop must be from 0 up to 1, not 1.0"),
         (["--trim", "-0.1"], 2, "trim must be from 0 up to 1, not -0.1"),

@@ -209,16 +209,18 @@ def test_without_a_quorum_nothing_is_committed(
     assert swarm.chain.round == 2
 
 
-def test_a_straggler_does_part_of_its_budget_and_weighs_less(
-    model_dir: Path, tmp_path: Path, tasks: dict[str, TaskData]
+@pytest.mark.parametrize(("max_weight", "most"), [(4.0, 2.0), (1.5, 1.5)])
+def test_the_slow_do_part_of_the_budget_and_weigh_less_the_fast_more(
+    model_dir: Path, tmp_path: Path, tasks: dict[str, TaskData], max_weight: float, most: float
 ) -> None:
-    swarm = make_swarm(model_dir, tmp_path, tasks, changes={"bob": {"speed": 0.25}}, weights="examples")
+    speeds = {"bob": {"speed": 0.25}, "cat": {"speed": 2.0}}
+    swarm = make_swarm(model_dir, tmp_path, tasks, changes=speeds, weights="examples", max_weight=max_weight)
     outcome = swarm.step()
     assert outcome is not None
     examples = {work.name: work.result.num_examples for work in outcome.works}
-    assert examples == {"ann": 24, "bob": 6, "cat": 24, "dan": 24}
+    assert examples == {"ann": 24, "bob": 6, "cat": 48, "dan": 24}
     weights = {c.num_examples: c.weight for c in swarm.chain.commits[0].commit.contributors}
-    assert weights == {6: 0.25, 24: 1.0}
+    assert weights == {6: 0.25, 24: 1.0, 48: most}
 
 
 def test_dare_keeps_the_mean_and_ties_the_largest() -> None:
