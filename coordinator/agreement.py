@@ -199,7 +199,7 @@ class Agreement:
             self.membership,
             self._pace,
             lambda: self.chain,
-            lambda: self._phase in TRAINING_PHASES,
+            lambda: self._phase in TRAINING_PHASES and not self._roster.has_resigned(self.chain),
         )
         self._about = about
         self._serves_only = serves_only  # follows the chain, holds round 0 and trains nothing

@@ -192,6 +192,8 @@ def _check_rollback(commit: Commit, previous: Chain) -> None:
         raise RecordError(f"a roll-back of round {previous.round} returns to the state before it")
     if commit.contributors:
         raise RecordError("a roll-back has no contributors")
+    if not set(commit.electorate) <= previous.cohort:
+        raise RecordError("a roll-back is voted on by those who made the round")
     named = {exclusion.peer for exclusion in commit.excluded}
     if len(named) > 1 or not named <= previous.cohort:
         raise RecordError("a roll-back leaves out at most one peer, of those who made the undone round")

@@ -53,7 +53,7 @@ class ChainExchange:
     ) -> None:
         self._network, self._membership, self._pace = network, membership, pace
         self._own_chain, self._is_training = own_chain, is_training
-        self._contested: dict[str, float] = {}  # tip -> time.monotonic() until which it is not looked at
+        self._contested: dict[str, tuple[float, float]] = {}  # tip -> not looked at until, after a pause
         self._contested_since: dict[str, float] = {}  # first commit -> time.monotonic()
         self._rejected_tips: Recent[str] = Recent(MAX_REJECTED_TIPS)
         self._rejected_under = membership.beginning.witness
@@ -73,8 +73,8 @@ class ChainExchange:
             self._rejected_tips = Recent(MAX_REJECTED_TIPS)
         own = {signed.commit.hash for signed in self._own_chain().commits}
         now = time.monotonic()
-        self._contested = {tip: until for tip, until in self._contested.items() if until > now}
-        return own.union(self._rejected_tips, self._contested, doubted - believed)
+        contested = {tip for tip, (until, _) in self._contested.items() if until > now}
+        return own.union(self._rejected_tips, contested, doubted - believed)
 
     async def best_claimed(self) -> Chain | None:
         """The best chain among those that live peers claim, verified, if it is better than the own one.
@@ -132,7 +132,7 @@ class ChainExchange:
             self._doubts.pop(peer_id, None)
             return chain
         if chain.tip != whole.tip:
-            self._contested[whole.tip] = time.monotonic() + CONTESTED_SECONDS
+            self._put_off(peer_id, whole.tip, time.monotonic() - began_at)
             return None
         if self._own_chain().tip != own_tip:  # I have gone on meanwhile, so it says nothing about the claim
             return None
@@ -145,40 +145,70 @@ class ChainExchange:
         """Cut before a commit that some signed as if others were gone whom I hear train for that round.
 
         Catching up is no vote, so `View.expected` does not protect it: a few made-up keys could follow each
-        commit with one of their own, at once, and all would leave the round that they are in. More peers of
-        the last cohort must train on its commit than must have signed the next one; and only within the time
+        commit with one of their own, at once, and all would leave the round that they are in. Those who train
+        must be more of the last cohort than must have signed the next commit, and enough to commit it
+        themselves, with all who are here now; else they would wait for each other. And only within the time
         that a round takes, so that who only says that he trains holds nobody back for longer.
         """
-        now, own, spec = self._network.now(), self._own_chain(), chain.spec
+        spec = chain.spec
         limit = spec.round_limit_seconds + spec.exchange_limit_seconds + spec.lease_seconds
-        training: dict[str, set[str]] = {}
-        for member in self._membership.live(now):
-            if member.record.phase in TRAINING_PHASES:
-                training.setdefault(member.record.commit, set()).add(member.peer_id)
-        if self._is_training():
-            training.setdefault(own.tip, set()).add(self._network.peer_id)
-        for index in range(fork_round(chain, own), chain.round):
+        here, training = self._voters()
+        for index in range(fork_round(chain, self._own_chain()), chain.round):
             tip = chain.commits[index - 1].commit.hash if index else GENESIS
             if tip not in training:
                 continue
             before, signed = Chain(spec, chain.commits[:index]), chain.commits[index]
-            here = training[tip] - signed.signatures.keys()
             if index == 0:
-                most = required_signatures(signed.commit.electorate)
-                is_over = chain.witness is not None or self._seconds_contested(signed.commit.hash) > limit
+                is_contested = self._is_contested_first(chain, training[tip], limit)
             else:
-                here &= before.cohort
-                most = chain.backing(index).cohort
-                is_over = now > before.committed_at + limit
-            if len(here) > most and not is_over:
-                logger.info("%d peers train for round %d, which others say is over", len(here), index + 1)
+                of_cohort = (training[tip] & before.cohort) - signed.signatures.keys()
+                present = of_cohort | (before.cohort & (here | signed.signatures.keys()))
+                is_contested = (
+                    len(of_cohort) > chain.backing(index).cohort
+                    and len(of_cohort) >= required_signatures(present)
+                    and len(training[tip]) >= spec.min_peers
+                    and self._network.now() <= before.committed_at + limit
+                )
+            if is_contested:
+                logger.info("%d train for round %d, which others say is over", len(training[tip]), index + 1)
                 return before
         return chain
 
-    def _seconds_contested(self, first_commit: str) -> float:
-        if len(self._contested_since) > MAX_REJECTED_TIPS:
-            self._contested_since.clear()
-        return time.monotonic() - self._contested_since.setdefault(first_commit, time.monotonic())
+    def _voters(self) -> tuple[set[str], dict[str, set[str]]]:
+        """Who is here and has not given up its vote; and who of these trains, by the commit it trains on."""
+        here: set[str] = set()
+        training: dict[str, set[str]] = {}
+        for member in self._membership.live(self._network.now()):
+            if member.record.resigned != member.record.commit:
+                here.add(member.peer_id)
+                if member.record.phase in TRAINING_PHASES:
+                    training.setdefault(member.record.commit, set()).add(member.peer_id)
+        if self._is_training():
+            training.setdefault(self._own_chain().tip, set()).add(self._network.peer_id)
+        return here, training
+
+    def _is_contested_first(self, chain: Chain, training: set[str], limit: float) -> bool:
+        """By those who train for the first round, among them I: nobody made one before that could tell."""
+        if chain.witness is not None or self._network.peer_id not in training:
+            return False
+        first = chain.commits[0]
+        signers = set(first.commit.electorate) & first.signatures.keys()
+        if len(training - signers) <= len(signers):
+            return False
+        since, now = self._contested_since, time.monotonic()
+        if len(since) < MAX_REJECTED_TIPS:  # beyond that no room is made: forged ones would make it
+            since.setdefault(first.commit.hash, now)
+        return now - since.get(first.commit.hash, now) <= limit
+
+    def _put_off(self, peer_id: str, tip: str, looked_seconds: float) -> None:
+        """Looked at again later, each time twice as late. Who took long to show it would fill the time."""
+        _, pause = self._contested.get(tip, (0.0, CONTESTED_SECONDS / 2))
+        longest = self._own_chain().spec.lease_seconds
+        self._contested[tip] = (time.monotonic() + min(longest, 2.0 * pause), min(longest, 2.0 * pause))
+        while len(self._contested) > MAX_REJECTED_TIPS:
+            self._contested.pop(next(iter(self._contested)))
+        if looked_seconds > CONTESTED_SECONDS / 2:
+            self._doubt(peer_id, looked_seconds)
 
     def _is_doubted(self, peer_id: str) -> bool:
         return self._doubts.get(peer_id, _Doubt()).until > time.monotonic()

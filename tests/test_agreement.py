@@ -654,26 +654,6 @@ def test_who_is_left_alone_follows_those_who_went_on(tmp_path: Path) -> None:
         assert found[0] == on
 
 
-@pytest.mark.parametrize(("age_seconds", "is_followed"), [(0.0, False), (100.0, False), (200.0, True)])
-def test_who_only_says_that_it_trains_holds_nobody_back_for_longer_than_a_round(
-    tmp_path: Path, age_seconds: float, is_followed: bool
-) -> None:
-    limits = {"lease_seconds": 10.0, "round_limit_seconds": 60.0, "exchange_limit_seconds": 60.0}
-    spec = make_spec(created_at=Network.now() - 1e5, **limits)
-    with swarm(2, tmp_path, spec) as [me, other]:
-        made_at = Network.now() - age_seconds
-        common = extend(me.agreement.chain, ["a", "b"], committed_at=made_at)
-        on = extend(common, ["x", "y"], state_hash=hash_of("on"))
-        me.adopt(common)
-        other.adopt(on)
-        now = Network.now()
-        record = make_heartbeat(common, issued_at=now, expires_at=now + 10.0)
-        me.agreement.membership.observe(sign(record, identity("a")).to_bytes(), now=now, claimed_by=peer("a"))
-        see_each_other([other, me])
-        found = me.run(me.agreement.better_chain())
-        assert (found is not None and found[0] == on) == is_followed
-
-
 def test_claims_without_signatures_cost_a_look_and_nothing_more(tmp_path: Path) -> None:
     """A liar claims a tip and serves something unsigned, stale or garbage. The honest tip still counts."""
     with swarm(3, tmp_path) as [me, honest, liar]:

@@ -309,7 +309,8 @@ def test_a_roll_back_wins_over_the_chain_without_it_and_weighs_like_its_electora
     [
         ({"state_hash": hash_of("other")}, "returns to the state before it"),
         ({"contributors": ["a"]}, "has no contributors"),
-        ({"electorate": list(peers("abcx"))}, "mixes"),
+        ({"electorate": list(peers("abcx"))}, "those who made the round"),
+        ({"electorate": list(peers("xyz"))}, "those who made the round"),  # also after the last round
     ],
 )
 def test_a_roll_back_that_does_not_fit(changes: dict[str, Any], reason: str) -> None:
