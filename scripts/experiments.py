@@ -25,6 +25,7 @@ from scripts.simulate import Plan
 
 PRETRAINED = "pretrained"
 AS_IS = "as is"  # the variant that changes nothing
+_GIVEN = frozenset({"stragglers", "churn", "harm"})  # of a variant: what a swarm meets, and nobody chooses
 TITLES = {
     1: "Head-only accuracy on the tasks trained climbs with the rounds",
     2: "The fused model is a better base for tasks that nobody trained on",
@@ -399,9 +400,10 @@ def _better(profile: Profile) -> Iterator[Piece]:
         whole = Run(model, profile.plan(trained, 0, **changed))
         yield _fold_run(profile, 0) if model == "fold0" else whole
         yield from _measure(model, "validation", groups)
-    yield Choice("variant", "validation", dict.fromkeys(models.values(), groups))
+    to_choose = {label: c for label, c in profile.variants.items() if not _GIVEN & c.keys()}
+    yield Choice("variant", "validation", dict.fromkeys((models[label] for label in to_choose), groups))
     if winner(profile) == "winner":
-        full = {models[label]: profile.plan(trained, 0, **c) for label, c in profile.variants.items()}
+        full = {models[label]: profile.plan(trained, 0, **c) for label, c in to_choose.items()}
         yield Run("winner", Chosen("variant", full))
     yield _fold_run(profile, 0)
     yield from _measure("fold0", "validation", groups)

@@ -504,6 +504,12 @@ def test_a_variant_that_changes_nothing_is_not_run_twice() -> None:
     assert "variant lr 1e-4" in names
     assert not {"variant as is", "winner"} & set(names)  # at full length, the best variant is there already
     assert winner(variants) == "chosen:variant"
+    chosen = next(piece for _, piece in all_pieces(variants) if piece.name == "variant")
+    assert isinstance(chosen, Choice)
+    assert {"fold0", "variant lr 1e-4"} < chosen.candidates.keys()
+    assert (
+        not {"variant a third slow", "variant unequal speeds"} & chosen.candidates.keys()
+    )  # nobody chooses that
     assert winner(load_profile(CONFIG, "night")) == "winner"
 
 
