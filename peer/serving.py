@@ -89,6 +89,8 @@ class EntryPoint:
 
     def _watch(self, network: Network, agreement: Agreement) -> str:
         """Follow the chain, telling which rounds are committed; returns when the run is over."""
+        beginning = agreement.membership.beginning
+        is_to_tell = beginning.watches
         while True:
             self._stop.wait(WATCH_SECONDS)
             if network.admission is not None:
@@ -99,10 +101,10 @@ class EntryPoint:
                 commit = chain.commits[-1].commit
                 what = f"by {len(commit.contributors)} peers" if commit.contributors else "as a roll-back"
                 self._reporter.note(f"round {chain.round} was committed {what}")
-                was_signed = agreement.membership.beginning.witness is not None
                 network.run(_follow(agreement, chain), timeout_seconds=15.0)
-                if agreement.membership.beginning.witness is not None and not was_signed:
-                    self._reporter.note("the first round is signed as the run's: this process may end now")
+            if is_to_tell and beginning.witness is not None:
+                self._reporter.note("the first round is signed as the run's: this process may end now")
+                is_to_tell = False
             if agreement.chain.round >= agreement.chain.spec.num_rounds and not agreement.live():
                 return "the run is over"
 
