@@ -65,7 +65,8 @@ class Beginning:
 
     def of(self, chain: Chain) -> Chain:
         """The chain with the starter's word, where that is known here, and is of its first commit."""
-        self.learn(chain.witness)
+        if self.witness is None:
+            self.learn(chain.witness)
         return chain if self.witness is None else chain.witnessed(self.witness)
 
     def consider(self, chain: Chain, training: Collection[str]) -> None:
@@ -82,8 +83,7 @@ class Beginning:
             self._sign(chain.commits[0].commit.hash, identity)
 
     def _is_made_by_those_here(self, chain: Chain, training: Collection[str], me: str) -> bool:
-        first = chain.commits[0]
-        signers = set(first.commit.electorate) & first.signatures.keys()
+        signers = chain.commits[0].voters
         seen = signers & (self._seen | {me})
         elsewhere = set(training) - signers
         return 2 * len(seen) > len(signers) and len(seen) > len(elsewhere)

@@ -250,10 +250,9 @@ def _check_signatures(signed: SignedCommit, spec: RunSpec) -> None:
     if len(signed.signatures) > most:
         raise RecordError(f"{len(signed.signatures)} signatures, where at most {most} peers took part")
     if missing_signatures(commit, signed.signatures, spec) > 0:  # first: it costs nothing
-        voters = set(commit.electorate) & signed.signatures.keys()
         raise RecordError(
-            f"{len(voters)} of {len(commit.electorate)} signed; {required_signatures(commit.electorate)} "
-            f"are needed, and {spec.min_peers} signatures in all"
+            f"{len(signed.voters)} of {len(commit.electorate)} signed; "
+            f"{required_signatures(commit.electorate)} are needed, and {spec.min_peers} signatures in all"
         )
     if (peer := wrong_signer(signed.signatures, commit)) is not None:
         raise RecordError(f"the signature of {peer[-8:]} does not fit")

@@ -192,8 +192,7 @@ class ChainExchange:
         if chain.witness is not None or self._network.peer_id not in training:
             return False
         first = chain.commits[0]
-        signers = set(first.commit.electorate) & first.signatures.keys()
-        if len(training - signers) <= len(signers):
+        if len(training - first.voters) <= len(first.voters):
             return False
         since, now = self._contested_since, time.monotonic()
         if len(since) < MAX_REJECTED_TIPS:  # beyond that no room is made: forged ones would make it
@@ -202,9 +201,9 @@ class ChainExchange:
 
     def _put_off(self, peer_id: str, tip: str, looked_seconds: float) -> None:
         """Looked at again later, each time twice as late. Who took long to show it would fill the time."""
-        _, pause = self._contested.get(tip, (0.0, CONTESTED_SECONDS / 2))
-        longest = self._own_chain().spec.lease_seconds
-        self._contested[tip] = (time.monotonic() + min(longest, 2.0 * pause), min(longest, 2.0 * pause))
+        _, last_pause = self._contested.get(tip, (0.0, CONTESTED_SECONDS / 2))
+        pause = min(self._own_chain().spec.lease_seconds, 2.0 * last_pause)
+        self._contested[tip] = (time.monotonic() + pause, pause)
         while len(self._contested) > MAX_REJECTED_TIPS:
             self._contested.pop(next(iter(self._contested)))
         if looked_seconds > CONTESTED_SECONDS / 2:

@@ -205,6 +205,11 @@ class SignedCommit(Record):
     signatures: Annotated[dict[PeerIdText, SignatureText], Field(max_length=1024)]
     witness: SignatureText = ""  # of the first commit only: the starter's
 
+    @property
+    def voters(self) -> set[str]:
+        """Who of the electorate has signed this copy."""
+        return set(self.commit.electorate) & self.signatures.keys()
+
     @cached_property
     def text(self) -> str:
         """As it travels. Kept: strangers ask for it, and 50 commits of 32 peers took 9.5 ms each time."""

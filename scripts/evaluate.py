@@ -174,7 +174,7 @@ def comparisons(
 
 
 def open_model(name: str, shown_as: str, revision: str | None = None) -> Model:
-    """Raises ModelError."""
+    """Raises ModelError, UsageError."""
     check_revision(name, revision)
     model_dir = embedded_encoder() if name == PACKAGED else resolve_model(name, revision)
     tokenizer = load_tokenizer(model_dir)

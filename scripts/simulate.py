@@ -38,7 +38,7 @@ from coordinator.spec import RunSpec
 from peer.data import DataConfig, TaskData, load_task_data
 from peer.finetune import FinetuneConfig
 from peer.genesis import State, make_run
-from peer.model import export_model, resolve_model
+from peer.model import check_revision, export_model, resolve_model
 from peer.state import append_json_line, repair_json_lines, replace_directory, write_text
 from peer.stopping import StopSwitch
 from scripts.demo import embedded_encoder
@@ -147,10 +147,11 @@ def read_rounds(out: Path) -> list[dict[str, Any]]:
 
 def model_directory(model: str, revision: str | None = None) -> tuple[Path, str]:
     """Where an encoder lies, and its name in the spec. Raises ModelError, UsageError."""
-    if revision is not None and (model == PACKAGED or Path(model).exists()):
-        raise UsageError(f"--revision {revision} is of a model on the hub: give its id as --model")
     if model == PACKAGED:
-        return embedded_encoder(), PACKAGED_NAME
+        packaged = embedded_encoder()
+        check_revision(str(packaged), revision)
+        return packaged, PACKAGED_NAME
+    check_revision(model, revision)
     return resolve_model(model, revision), Path(model).name if Path(model).exists() else model
 
 
