@@ -129,6 +129,7 @@ class Profile:
     validation: BenchmarkConfig  # sizes of a scoring on validation rows, which are cut in two for it
     forward_per_second: float  # examples, for estimates of time only
     experiments: tuple[int, ...] = tuple(TITLES)  # that this profile is for
+    followed: tuple[int, ...] | None = None  # experiment 1: the folds whose runs it follows; None: all
     note: str = ""  # for the readers of its results
 
     @property
@@ -140,6 +141,10 @@ class Profile:
 
     def trained(self, fold: int) -> tuple[str, ...]:
         return tuple(name for name in self.datasets if name not in self.folds[fold])
+
+    @property
+    def followed_folds(self) -> tuple[int, ...]:
+        return tuple(range(len(self.folds))) if self.followed is None else self.followed
 
     @property
     def rounds(self) -> int:
@@ -190,7 +195,9 @@ class Profile:
 
 
 def load_profile(file: Path, name: str, model: str | None = None) -> Profile:
-    """Values above the first table are for every profile that has none of its own. Raises UsageError."""
+    """Values above the first table are for every profile that has none of its own, and those of the profile
+    that it is `based_on`. Raises UsageError.
+    """
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -199,9 +206,13 @@ def load_profile(file: Path, name: str, model: str | None = None) -> Profile:
     if name not in profiles:
         raise UsageError(f"{file} has no profile {name!r}; it has: {', '.join(profiles)}")
     try:
-        profile = _profile(name, {**tables, **profiles[name], **({"model": model} if model else {})})
+        base = profiles[profiles[name].pop("based_on")] if "based_on" in profiles[name] else {}
+        own = {**profiles[name], **({"model": model} if model else {})}
+        profile = _profile(name, {**tables, **base, **own})
         if unknown := sorted(set(profile.experiments) - set(TITLES)):
             raise ValueError(f"there is no experiment {unknown[0]}")
+        if missing := sorted(set(profile.followed_folds) - set(range(len(profile.folds)))):
+            raise ValueError(f"there is no fold {missing[0]}")
         for _, piece in all_pieces(profile):  # so that a wrong key is told before anything is spent
             cost(profile, piece)
     except (TypeError, KeyError, ValueError) as error:
@@ -298,7 +309,7 @@ def alone_models(profile: Profile) -> dict[str, str]:
 
 
 def _trajectory(profile: Profile) -> Iterator[Piece]:
-    for fold in range(len(profile.folds)):
+    for fold in profile.followed_folds:
         trained = profile.trained(fold)
         yield _fold_run(profile, fold)
         for model in (PRETRAINED, *(f"fold{fold}@{r}" for r in profile.kept_rounds), f"fold{fold}"):
@@ -483,8 +494,8 @@ def _profile(name: str, table: Mapping[str, Any]) -> Profile:
     use_cpu = bool(values.pop("use_cpu", False))
     for key in ("multitask_learning_rates", "last_rounds", "alphas"):
         values[key] = tuple(values[key])
-    if "experiments" in values:
-        values["experiments"] = tuple(values["experiments"])
+    for key in {"experiments", "followed"} & values.keys():
+        values[key] = tuple(values[key])
     for key in ("scoring", "validation"):
         values[key] = _benchmark(use_cpu, values[key])
     values["own"] = _tuples(values["own"])

@@ -94,7 +94,7 @@ def gains(
 
 def _trajectory(lab: Lab) -> Finding:
     profile = lab.profile
-    return {"seeds": [_course(lab, profile, fold) for fold in range(len(profile.folds))]}
+    return {"seeds": [_course(lab, profile, fold) for fold in profile.followed_folds]}
 
 
 def _course(lab: Lab, profile: Profile, fold: int) -> Finding:

@@ -275,6 +275,8 @@ def _sizes(profile: Profile) -> dict[str, str]:
 
 def _seeds(profile: Profile) -> str:
     """Experiments 3 to 8 need the run of fold 0 only."""
+    if set(profile.experiments) == {1}:
+        return ", ".join(map(str, profile.followed_folds))
     return f"0 to {len(profile.folds) - 1}" if {1, 2} & set(profile.experiments) else "0"
 
 

@@ -513,6 +513,20 @@ def test_a_variant_that_changes_nothing_is_not_run_twice() -> None:
     assert winner(load_profile(CONFIG, "night")) == "winner"
 
 
+def test_a_profile_may_be_based_on_another_and_follow_one_run(tmp_path: Path) -> None:
+    night, again = load_profile(CONFIG, "night"), load_profile(CONFIG, "again")
+    assert (again.swarm, again.scoring, again.folds) == (night.swarm, night.scoring, night.folds)
+    pieces = [piece for _, piece in all_pieces(again)]
+    assert [piece.name for piece in pieces if isinstance(piece, Run)] == ["fold2"]
+    scored = [piece for piece in pieces if isinstance(piece, Scoring)]
+    assert [piece.model for piece in scored] == [PRETRAINED, *(f"fold2@{r}" for r in (4, 8, 12, 16)), "fold2"]
+    assert {piece.name for piece in pieces} < {piece.name for _, piece in all_pieces(night, [1])}
+    for old, new in (("followed = [2]", "followed = [3]"), ('based_on = "night"', 'based_on = "day"')):
+        (tmp_path / "c.toml").write_text(CONFIG.read_text().replace(old, new))
+        with pytest.raises(UsageError, match="profile again"):
+            load_profile(tmp_path / "c.toml", "again")
+
+
 def test_a_profile_may_be_for_some_experiments(tmp_path: Path) -> None:
     baselines = load_profile(CONFIG, "baselines")
     assert {number for number, _ in all_pieces(baselines)} == {2, 3, 4, 5, 6, 7}
