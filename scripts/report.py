@@ -1,6 +1,7 @@
 """What do people get to see of the experiments? README.md with tables, plots, and the figures as JSON.
 
 Written from findings alone, so that the same findings give the same files. Points are percentage points.
+Results of other sizes, in folders of their own below, stand in where one was not run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scripts.experiments import AS_IS, TITLES
 from scripts.json_files import read_json
 
 Finding = Mapping[str, Any]
+Elsewhere = Mapping[str, Mapping[int, Finding]]  # findings by the name of a folder, and by experiment
 NOT_RUN = "not run"
 METHOD_NAMES = {"probe": "head-only", "few_shot": "few examples", "finetune": "full finetuning"}
 MAX_SVG_BYTES = 150_000
@@ -59,14 +61,22 @@ def write_report(
             plot.with_suffix(".svg").unlink(missing_ok=True)
     write_text(out / "made.json", json.dumps(vars(made), indent=1) + "\n")
     shown = {number: (out / f"experiment-{number}.png").exists() for number in findings}
-    write_text(out / "README.md", readme(findings, made, shown))
+    write_text(out / "README.md", readme(findings, made, shown, _elsewhere(out)))
 
 
 def redraw(out: Path, note: str) -> None:
     """README.md and plots once more, from the figures as JSON in `out`. Raises StateError."""
     made = Provenance(**{**_read(out / "made.json"), "note": note})
-    files = sorted(out.glob("experiment-*.json"))
-    write_report(out, {int(file.stem.removeprefix("experiment-")): _read(file) for file in files}, made)
+    write_report(out, _read_findings(out), made)
+
+
+def _read_findings(folder: Path) -> dict[int, Finding]:
+    files = sorted(folder.glob("experiment-*.json"))
+    return {int(file.stem.removeprefix("experiment-")): _read(file) for file in files}
+
+
+def _elsewhere(out: Path) -> Elsewhere:
+    return {made.parent.name: _read_findings(made.parent) for made in sorted(out.glob("*/made.json"))}
 
 
 def is_run(finding: Any) -> bool:
@@ -80,7 +90,13 @@ def is_run(finding: Any) -> bool:
     return isinstance(finding, float)
 
 
-def readme(findings: Mapping[int, Finding], made: Provenance, has_plot: Mapping[int, bool]) -> str:
+def readme(
+    findings: Mapping[int, Finding],
+    made: Provenance,
+    has_plot: Mapping[int, bool],
+    elsewhere: Elsewhere | None = None,
+) -> str:
+    elsewhere = elsewhere or {}
     lines = [
         "# Results",
         "",
@@ -91,10 +107,12 @@ def readme(findings: Mapping[int, Finding], made: Provenance, has_plot: Mapping[
         "",
         *([made.note, ""] if made.note else []),
         *_provenance(made),
-        *_glance(findings),
+        *_glance(findings, elsewhere),
     ]
     for number, finding in findings.items():
         lines += ["", f"## {number}. {TITLES[number]}", ""]
+        others = [_link(name) for name, found in elsewhere.items() if is_run(found.get(number))]
+        lines += [f"See also: {', '.join(others)}", ""] if others else []
         if not is_run(finding):
             lines += [NOT_RUN]
             continue
@@ -127,7 +145,25 @@ def _provenance(made: Provenance) -> list[str]:
     return _table(("what", "value"), rows)
 
 
-def _glance(findings: Mapping[int, Finding]) -> list[str]:
+def _link(folder: str) -> str:
+    return f"[{folder}]({folder}/README.md)"
+
+
+def _glance(findings: Mapping[int, Finding], elsewhere: Elsewhere) -> list[str]:
+    rows = []
+    for goal, text in _goals(findings):
+        others = (
+            f"{there} (of {_link(name)})"
+            for name, found in elsewhere.items()
+            for other, there in _goals(found)
+            if other == goal and there != NOT_RUN
+        )
+        rows.append((goal, next(others, text) if text == NOT_RUN else text))
+    return ["", "## At a glance", "", *_table(("to reach", "found"), rows)] if rows else []
+
+
+def _goals(findings: Mapping[int, Finding]) -> list[tuple[str, str]]:
+    """What was to be reached, and what was found."""
     rows: list[tuple[str, str]] = []
     if 1 in findings:
         trained = _glance_trained(findings[1])
@@ -158,7 +194,7 @@ def _glance(findings: Mapping[int, Finding]) -> list[str]:
                 NOT_RUN if share is None else f"{100 * share:.0f} %",
             )
         )
-    return ["", "## At a glance", "", *_table(("to reach", "found"), rows)] if rows else []
+    return rows
 
 
 def _glance_trained(finding: Finding) -> str:
@@ -227,14 +263,20 @@ def _of_total(name: str, found: Finding | None, total: int) -> str:
 
 
 def _gains_table(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:
-    columns = _measures(rows)
-    made = []
-    for label, row in rows.items():
+    """Rows without any figure are named below it."""
+    run = {label: row for label, row in rows.items() if any(row.values())}
+    missing = [label for label in rows if label not in run]
+    told = [f"Not run: {'; '.join(missing)}."] if missing else []
+    if not run:
+        return told
+    columns, made = _measures(run), []
+    for label, row in run.items():
         known = {
             c: NOT_RUN if found is None else f"{_points(found)}; {_wins(found)}" for c, found in row.items()
         }
         made.append((label, *(known.get(column, "-") for column in columns)))
-    return _table(("model", *(f"{c}; better/worse/equal" for c in columns)), made)
+    table = _table(("model", *(f"{c}; better/worse/equal" for c in columns)), made)
+    return [*table, "", *told] if told else table
 
 
 def _measures(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:

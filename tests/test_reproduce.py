@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -179,7 +180,9 @@ def test_a_wrong_config_is_told(tmp_path: Path) -> None:
         (tmp_path / "c.toml").write_text(head + "[smoke]" + smoke.replace(old, new))
         with pytest.raises(UsageError, match=words):
             load_profile(tmp_path / "c.toml", "smoke")
-    with pytest.raises(UsageError, match=r"no profile 'dawn'; it has: night, baselines, variants, smoke$"):
+    with pytest.raises(
+        UsageError, match=r"no profile 'dawn'; it has: night, again, baselines, variants, smoke$"
+    ):
         load_profile(CONFIG, "dawn")
 
 
@@ -466,6 +469,39 @@ def test_losses_are_told_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert text.count("\nnot run\n") == 6
     assert "| 2 | not run | not run |" in text  # round 2 of experiment 1
     assert "3 of 4 pieces, 0.50 hours" in text
+
+
+def test_what_was_run_in_a_folder_below_stands_in(tmp_path: Path) -> None:
+    whole = hand_made()
+    run = {4: {**whole[4], "swarm_against_multitask": {"m": whole[7]["comparison"]}}, 7: whole[7]}
+    for name in ("small", "smaller"):
+        (tmp_path / name).mkdir()
+    write_report(tmp_path / "small", run, PROVENANCE, with_plots=False)
+    write_report(tmp_path / "smaller", {4: run[4]}, PROVENANCE, with_plots=False)
+    write_report(
+        tmp_path, {**whole, 7: {"comparison": None, "share_worse": None}}, PROVENANCE, with_plots=False
+    )
+    text = (tmp_path / "README.md").read_text()
+    points = r"training: m \| \+12\.50 \[[-+.\d]+, [-+.\d]+\] "
+    assert re.search(points + r"\(of \[small\]\(small/README.md\)\) \|", text)  # the first one that has it
+    assert "with the same steps | 50 % (of [small](small/README.md)) |" in text
+    assert text.count("See also: ") == 2
+    assert "See also: [small](small/README.md), [smaller](smaller/README.md)\n" in text
+    assert (
+        "## 7. Who gains? Each peer alone against the swarm, on its own test rows\n\nSee also: [small]"
+        in text
+    )
+    own = (tmp_path / "small" / "README.md").read_text()
+    assert re.search(points + r"\|", own)
+    assert "See also" not in own
+
+
+def test_rows_without_a_figure_are_named_in_one_line() -> None:
+    found = {"m": compared([[1, 1]], [[1, 0]])}
+    text = readme({3: {"rows": {"x, longer": {"m": None}, "y": found, "z": {"m": None}}}}, PROVENANCE, {})
+    assert "| y | +50.00 [" in text
+    assert "\n\nNot run: x, longer; z.\n" in text
+    assert "| z |" not in text
 
 
 def test_variants_are_told_against_the_run_that_they_change() -> None:
