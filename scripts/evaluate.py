@@ -50,12 +50,11 @@ from peer.benchmark import (
     load_texts,
 )
 from peer.display import clean, format_seconds
-from peer.model import check_revision, load_tokenizer, resolve_model
+from peer.model import load_tokenizer
 from peer.state import write_text
 from peer.statistics import Comparison, Metric, compare
-from scripts.demo import embedded_encoder
+from scripts.simulate import model_directory
 
-PACKAGED = "packaged"
 METHOD_NAMES: Mapping[Method, str] = {
     "probe": "head-only probe",
     "few_shot": "few-shot finetuning",
@@ -175,8 +174,7 @@ def comparisons(
 
 def open_model(name: str, shown_as: str, revision: str | None = None) -> Model:
     """Raises ModelError, UsageError."""
-    check_revision(name, revision)
-    model_dir = embedded_encoder() if name == PACKAGED else resolve_model(name, revision)
+    model_dir, _ = model_directory(name, revision)
     tokenizer = load_tokenizer(model_dir)
     return Model(shown_as, Encoder.load(model_dir), tokenizer, tokenizer_key(tokenizer))
 

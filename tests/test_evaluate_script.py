@@ -230,6 +230,8 @@ def test_data_sets_are_found(data_dir: Path) -> None:
         (["{data}", "--data-dir", "{data}"], 4, "holds no tokenizer"),
         (["{base}", "--against", "{base}", "--data-dir", "{data}"], 2, "the model itself"),
         (["{base}", "--data-dir", "{data}", "--seed", "-1"], 2, "--seed -1"),
+        (["packaged", "--data-dir", "{data}", "--revision", "x"], 2, "--revision x is of a model on the hub"),
+        (["{base}", "--data-dir", "{data}", "--revision", "x"], 2, "--revision x is of a model on the hub"),
         (["{base}", "--data-dir", "{data}", "--out", "{data}/films/train.csv"], 6, "cannot be made"),
     ],
 )
