@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -13,7 +14,11 @@ from types import FrameType
 from coordinator.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 POLL_SECONDS = 0.05
+_TIME_IS_UP = "the time limit is reached", 0
 _SIGNALS = {signal.SIGINT: ("interrupted", EXIT_INTERRUPTED), signal.SIGTERM: ("terminated", EXIT_TERMINATED)}
+
+
+_listening: list[StopSwitch] = []
 
 
 class StopRequested(Exception):
@@ -22,7 +27,7 @@ class StopRequested(Exception):
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM end the process then and there, whoever listens otherwise.
+    """While the block runs, SIGINT, SIGTERM and the time limit of who listens end the process then and there.
 
     For what cannot be asked to stop and is safe to be killed, such as a download of the hub's library:
     it waits for its threads, and so does Python's orderly end. Does nothing in other threads than the main.
@@ -30,16 +35,24 @@ def ends_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, _end) for number in _SIGNALS}
+    seconds = min((switch.seconds_left for switch in _listening), default=math.inf)
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), _end, _TIME_IS_UP)
+    timer.daemon = True
+    timer.start()
+    previous = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
     try:
         yield
     finally:
+        timer.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
-    reason, exit_code = _SIGNALS[signal.Signals(number)]
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    _end(*_SIGNALS[signal.Signals(number)])
+
+
+def _end(reason: str, exit_code: int) -> None:
     os.write(2, f"\n{reason}\n".encode())  # not print: the signal may come in the middle of another one
     os._exit(exit_code)
 
@@ -58,8 +71,13 @@ class StopSwitch:
     @property
     def is_set(self) -> bool:
         if not self._is_set and self._ends_at is not None and time.monotonic() >= self._ends_at:
-            self._set("the time limit is reached", 0)
+            self._set(*_TIME_IS_UP)
         return self._is_set
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the time limit."""
+        return math.inf if self._ends_at is None else max(0.0, self._ends_at - time.monotonic())
 
     def check(self) -> None:
         if self.is_set:
@@ -89,9 +107,11 @@ class StopSwitch:
         write in progress is finished, and all waits look at the switch.
         """
         previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        _listening.append(self)
         try:
             yield self
         finally:
+            _listening.remove(self)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

@@ -323,28 +323,36 @@ class StallingHub(BaseHTTPRequestHandler):
 DOWNLOAD = """
 from peer.model import resolve_model
 from peer.stopping import StopSwitch
-with StopSwitch().listening():
+with StopSwitch({max_seconds}).listening():
     resolve_model("a/b", None)
 """
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("number", "exit_code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    ("number", "max_seconds", "exit_code"),
+    [
+        (signal.SIGINT, None, 130),
+        pytest.param(signal.SIGTERM, None, 143, marks=pytest.mark.slow),
+        pytest.param(None, 8.0, 0, marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_ends_a_download_at_once(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
+def test_a_signal_or_the_time_limit_ends_a_download(
+    tmp_path: Path, number: signal.Signals | None, max_seconds: float | None, exit_code: int
+) -> None:
     """The hub's library waits for its threads, and they for the hub; only SIGKILL ended it."""
     with ThreadingHTTPServer(("127.0.0.1", 0), StallingHub) as hub:
         StallingHub.is_stalled.clear()
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
         env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "100"}
-        with subprocess.Popen([sys.executable, "-c", DOWNLOAD], env=env) as process:
+        command = [sys.executable, "-c", DOWNLOAD.format(max_seconds=max_seconds)]
+        with subprocess.Popen(command, env=env) as process:
             try:
                 assert StallingHub.is_stalled.wait(100.0)  # a busy machine imports torch for so long
-                process.send_signal(number)
-                assert process.wait(timeout=10.0) == exit_code
+                if number is not None:
+                    process.send_signal(number)
+                assert process.wait(timeout=(max_seconds or 0.0) + 10.0) == exit_code
             finally:
                 process.kill()
                 hub.shutdown()
