@@ -44,6 +44,8 @@ NUM_ROUNDS = 4
 LEASE_SECONDS = 5.0
 START_SECONDS = 120.0  # importing torch and transformers on a loaded machine
 CELL_SECONDS = 240.0
+MAX_TRIES = 3  # of a cell whose fault was not injected
+NOT_INJECTED = "the fault was never injected"
 PRELOADED = ("peer.join", "peer.session", "coordinator.start", "tests.faults")
 LOOPBACK = ("--host-maddrs", "/ip4/127.0.0.1/tcp/0")
 TOLERANCE = 2e-6  # of a state against float64; the values are around 1
@@ -167,7 +169,7 @@ def run_cell(cell: Cell, directory: Path) -> Outcome:
     error, allowed = _largest_error(commits, model, dump, cell)
     liar = _short_id(peers[3])
     problems = [
-        *([] if _has_happened(cell, dump) else ["the fault was never injected"]),
+        *([] if _has_happened(cell, dump) else [NOT_INJECTED]),
         *_hash_problems(honest, cell.num_rounds),
         *_record_problems(cell, commits, liar, [directory / n for n in names]),
     ]
@@ -462,6 +464,16 @@ def _main(flags: argparse.Namespace) -> int:
 
 
 def _outcome_of(cell: Cell) -> Outcome:
+    """Once more where the fault was not injected: the honest donors of a download may have given all of it
+    before the faulty ones were asked."""
+    for _ in range(MAX_TRIES - 1):
+        outcome = _try(cell)
+        if outcome.problems != (NOT_INJECTED,):
+            return outcome
+    return _try(cell)
+
+
+def _try(cell: Cell) -> Outcome:
     # Ended in the middle of ending its peers, it leaves them a moment in which to write there.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         try:

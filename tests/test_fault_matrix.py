@@ -13,10 +13,12 @@ import pytest
 from coordinator.errors import SwarmError
 from scripts.fault_matrix import (
     CELLS,
+    NOT_INJECTED,
     Cell,
     Outcome,
     _keep,
     _kept,
+    _outcome_of,
     _selected,
     _together,
     _told_seconds,
@@ -84,3 +86,18 @@ def test_clean_cells_run_once_and_are_of_the_same_run() -> None:
     assert _selected(None, None) == list(CELLS)
     assert {cell.clean for cell in CELLS} <= set(CELLS)
     assert len({cell.file_name for cell in CELLS}) == len(CELLS)
+
+
+@pytest.mark.parametrize(("num_misses", "num_tries", "problem"), [(1, 2, "bad"), (9, 3, NOT_INJECTED)])
+def test_a_cell_whose_fault_did_not_happen_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, num_misses: int, num_tries: int, problem: str
+) -> None:
+    tried = []
+
+    def missed(cell: Cell, directory: Path) -> Outcome:
+        tried.append(directory)
+        return Outcome(cell, (NOT_INJECTED if len(tried) <= num_misses else "bad",), "", (1.0,), 0.0)
+
+    monkeypatch.setattr("scripts.fault_matrix.run_cell", missed)
+    assert _outcome_of(Cell("freeze", "download")).problems == (problem,)
+    assert len(set(tried)) == num_tries
