@@ -202,8 +202,20 @@ def rank(chain: Chain, peer_id: str) -> str:
 
 
 def draw(chain: Chain, candidates: Collection[str]) -> tuple[str, ...]:
-    """Who of the candidates takes part in the round: at most max_peers, ranked."""
-    return tuple(sorted(candidates, key=lambda peer: rank(chain, peer))[: chain.spec.max_peers])
+    """Who of the candidates takes part in the round: at most max_peers, ranked.
+
+    Half of the places are for those who made the last round, the others first for those who did not. So a
+    majority of those who stay signs the next commit, however many candidates there are: of two draws from
+    all, one or none may be in both, and one key could sign a commit with keys that it made up. In the long
+    run each is drawn as often as by a draw from all, mostly for two rounds in a row.
+    """
+    ranked = sorted(candidates, key=lambda peer: rank(chain, peer))
+    places = chain.spec.max_peers
+    of_last_round = [peer for peer in ranked if peer in chain.cohort]
+    staying, waiting = of_last_round[: (places + 1) // 2], of_last_round[(places + 1) // 2 :]
+    others = [peer for peer in ranked if peer not in chain.cohort]
+    drawn = {*[*staying, *others, *waiting][:places]}
+    return tuple(peer for peer in ranked if peer in drawn)
 
 
 def electorate_of(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -264,6 +266,43 @@ def test_more_peers_than_take_part_are_drawn_and_the_draw_cannot_stop_the_run() 
         assert isinstance(action, Fuse)
         assert action.members == drawn
         assert set(action.electorate) == (set(drawn) & chain.cohort or set(drawn))
+
+
+def test_half_of_a_full_round_made_the_one_before_and_nobody_is_drawn_more_often() -> None:
+    """Twelve for four places: a draw from all would keep one or none in most of the rounds."""
+    chain, everybody, times = EMPTY, peers("abcdefghijkl"), Counter[str]()
+    for _ in range(150):
+        drawn = draw(chain, everybody)
+        assert len(drawn) == 4
+        assert list(drawn) == sorted(drawn, key=lambda peer: rank(chain, peer))
+        assert not chain.round or len(chain.cohort.intersection(drawn)) == 2
+        times.update(drawn)
+        chain = extend(EMPTY, names_of(drawn), state_hash=hash_of(chain.tip))
+    assert len(times) == 12
+    assert 30 <= min(times.values()) <= max(times.values()) <= 70  # 50 on average, standard deviation about 7
+
+
+def names_of(peer_ids: Sequence[str]) -> list[str]:
+    return [name for name in "abcdefghijkl" if peer(name) in peer_ids]
+
+
+@pytest.mark.parametrize(
+    ("cohort", "candidates", "num_kept"),
+    [("ab", "abcdefg", 2), ("ab", "acdef", 1), ("abcd", "abcd", 4), ("abcd", "abcde", 3)],
+)
+def test_places_that_a_side_leaves_are_for_the_other(cohort: str, candidates: str, num_kept: int) -> None:
+    chain = extend(EMPTY, cohort)
+    drawn = draw(chain, peers(candidates))
+    assert len(drawn) == 4
+    assert len(chain.cohort.intersection(drawn)) == num_kept
+
+
+@given(st.sets(st.sampled_from("abcdefghij")), st.sets(st.sampled_from("abcdefghij")))
+def test_who_is_drawn_is_drawn_where_others_are_not_seen(seen: set[str], unseen: set[str]) -> None:
+    """Who hears of fewer peers may train in vain, but nobody waits who is expected to train."""
+    chain = extend(EMPTY, "abcd")
+    few, many = set(draw(chain, peers(seen))), set(draw(chain, peers(seen | unseen)))
+    assert many.intersection(peers(seen)) <= few
 
 
 def test_a_latecomer_to_a_full_round_trains_only_if_drawn() -> None:
