@@ -131,12 +131,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _provenance(made: Provenance) -> list[str]:
-    commits = ", ".join(f"{commit} ({num} pieces)" for commit, num in made.commits.items()) or "-"
+    commits = ", ".join(f"{commit} ({num})" for commit, num in made.commits.items()) or "-"
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     rows = [
         ("command", f"`{made.command}`"),
         ("profile", f"`{made.profile}` of `scripts/reproduce.toml`; model {made.model}"),
-        ("commit", commits),
+        ("commit (pieces done there, repeats included)", commits),
         ("done", f"{made.num_done} of {made.num_pieces} pieces, {made.hours:.2f} hours"),
         ("machine", f"{made.device}, {made.num_cores} cores"),
         ("versions", versions),
@@ -168,8 +168,8 @@ def _goals(findings: Mapping[int, Finding]) -> list[tuple[str, str]]:
     if 1 in findings:
         trained = _glance_trained(findings[1])
         rows += [
-            ("at least +6 points head-only on the trained tasks, at every seed", trained),
-            ("more trained tasks better than worse at every seed", _glance_wins(findings[1])),
+            ("at least +6 points head-only on the trained tasks, in the run of every fold", trained),
+            ("more trained tasks better than worse in the run of every fold", _glance_wins(findings[1])),
         ]
     if 2 in findings:
         unseen, total = findings[2]["methods"], findings[2]["num_datasets"]
