@@ -159,14 +159,14 @@ def decide(
         return LEFT_OUT
     in_training = [m for m in others if trains_on(m, chain) and m.peer_id not in barred]
     if not me.is_ready:
-        return _finetune_or_wait(chain, me, in_training)
+        return _finetune_or_wait(chain, me, in_training, absent)
     if len(in_training) + 1 < spec.min_peers:
         return Alone()
     electorate = electorate_of(chain, me.peer_id, others, absent=absent, counted=counted)
     trainers = [m for m in in_training if m.peer_id not in left_out]
     if _missing({me.peer_id, *(m.peer_id for m in trainers)}, electorate, spec) is not None:
         trainers = in_training  # nothing can be committed without them: better to try again with them
-    drawn = draw(chain, [*(m.peer_id for m in trainers), me.peer_id])
+    drawn = draw(chain, [*(m.peer_id for m in trainers), me.peer_id], absent)
     if me.peer_id not in drawn:
         return NOT_DRAWN
     ready = {m.peer_id for m in trainers if m.record.phase == "ready"} | {me.peer_id}
@@ -197,24 +197,24 @@ def barred_from(chain: Chain, own_peer_id: str, others: Collection[Member]) -> f
 
 
 def rank(chain: Chain, peer_id: str) -> str:
-    """A draw that nobody can choose before the previous commit: lowest hash(spec, previous commit, peer)."""
+    """A draw that nobody knows before the previous commit: lowest hash(spec, previous commit, peer)."""
     return hashlib.sha256(f"{chain.spec.digest}/{chain.tip}/{peer_id}".encode()).hexdigest()
 
 
-def draw(chain: Chain, candidates: Collection[str]) -> tuple[str, ...]:
+def draw(chain: Chain, candidates: Collection[str], absent: Collection[str] = ()) -> tuple[str, ...]:
     """Who of the candidates takes part in the round: at most max_peers, ranked.
 
-    Half of the places are for those who made the last round, the others first for those who did not. So a
-    majority of those who stay signs the next commit, however many candidates there are: of two draws from
-    all, one or none may be in both, and one key could sign a commit with keys that it made up. In the long
-    run each is drawn as often as by a draw from all, mostly for two rounds in a row.
+    Half of the places (never all) are for those of the last round who still have a vote, who are not
+    `absent`; the others are for the rest, by rank alone. Of a draw from all, with many candidates one or
+    none would be of the last round, and one key could sign a commit with keys that it made up. Each peer is
+    drawn as often as by that, on average for two rounds in a row.
     """
     ranked = sorted(candidates, key=lambda peer: rank(chain, peer))
-    places = chain.spec.max_peers
-    of_last_round = [peer for peer in ranked if peer in chain.cohort]
-    staying, waiting = of_last_round[: (places + 1) // 2], of_last_round[(places + 1) // 2 :]
-    others = [peer for peer in ranked if peer not in chain.cohort]
-    drawn = {*[*staying, *others, *waiting][:places]}
+    places, voters = chain.spec.max_peers, chain.cohort.difference(absent)
+    num_kept = min((places + 1) // 2, places - 1)
+    kept = [peer for peer in ranked if peer in voters][:num_kept]
+    rest = [peer for peer in ranked if peer not in kept]
+    drawn = {*kept, *rest[: places - len(kept)]}
     return tuple(peer for peer in ranked if peer in drawn)
 
 
@@ -256,11 +256,13 @@ def training_deadline(chain: Chain, me: Standing, others: Sequence[Member]) -> f
     return round_deadline(chain, entered) - 0.05 * chain.spec.round_limit_seconds
 
 
-def _finetune_or_wait(chain: Chain, me: Standing, in_training: Sequence[Member]) -> Action:
+def _finetune_or_wait(
+    chain: Chain, me: Standing, in_training: Sequence[Member], absent: Collection[str]
+) -> Action:
     trainers = [m.peer_id for m in in_training]
     if len(trainers) < chain.spec.max_peers:
         return Finetune()
-    drawn = draw(chain, [*trainers, me.peer_id])
+    drawn = draw(chain, [*trainers, me.peer_id], absent)
     return Finetune() if me.peer_id in drawn else NOT_DRAWN
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -268,33 +267,57 @@ def test_more_peers_than_take_part_are_drawn_and_the_draw_cannot_stop_the_run() 
         assert set(action.electorate) == (set(drawn) & chain.cohort or set(drawn))
 
 
-def test_half_of_a_full_round_made_the_one_before_and_nobody_is_drawn_more_often() -> None:
-    """Twelve for four places: a draw from all would keep one or none in most of the rounds."""
-    chain, everybody, times = EMPTY, peers("abcdefghijkl"), Counter[str]()
-    for _ in range(150):
+@pytest.mark.parametrize(("max_peers", "num_kept"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_half_of_a_round_is_of_the_one_before_and_all_are_drawn_as_often(
+    max_peers: int, num_kept: int
+) -> None:
+    """Of a draw from all of twelve for four places, one or none would be of the last round in most rounds."""
+    everybody, times, kept = peers("abcdefghijkl"), Counter[str](), Counter[int]()
+    first = Chain(make_spec(min_peers=min(2, max_peers), max_peers=max_peers))
+    chain = extend(first, "abcde"[:max_peers])
+    for _ in range(60 * 12 // max_peers):
         drawn = draw(chain, everybody)
-        assert len(drawn) == 4
+        assert len(drawn) == max_peers
         assert list(drawn) == sorted(drawn, key=lambda peer: rank(chain, peer))
-        assert not chain.round or len(chain.cohort.intersection(drawn)) == 2
+        kept[len(chain.cohort.intersection(drawn))] += 1
         times.update(drawn)
-        chain = extend(EMPTY, names_of(drawn), state_hash=hash_of(chain.tip))
+        names = [name for name in "abcdefghijkl" if peer(name) in drawn]
+        chain = extend(first, names, state_hash=hash_of(chain.tip))  # another tip, the same length
+    assert min(kept) == num_kept
     assert len(times) == 12
-    assert 30 <= min(times.values()) <= max(times.values()) <= 70  # 50 on average, standard deviation about 7
-
-
-def names_of(peer_ids: Sequence[str]) -> list[str]:
-    return [name for name in "abcdefghijkl" if peer(name) in peer_ids]
+    assert 30 <= min(times.values()) <= max(times.values()) <= 110  # 60 each, if chance had no say
 
 
 @pytest.mark.parametrize(
-    ("cohort", "candidates", "num_kept"),
-    [("ab", "abcdefg", 2), ("ab", "acdef", 1), ("abcd", "abcd", 4), ("abcd", "abcde", 3)],
+    ("cohort", "candidates", "absent", "num_kept"),
+    [
+        ("ab", "abcdefg", "", 2),
+        ("ab", "acdef", "", 1),
+        ("abcd", "abcd", "", 4),
+        ("abcd", "abcde", "", 3),
+        ("abcd", "abcdefghijkl", "ab", 2),
+    ],
 )
-def test_places_that_a_side_leaves_are_for_the_other(cohort: str, candidates: str, num_kept: int) -> None:
+def test_places_that_a_side_leaves_are_for_the_other(
+    cohort: str, candidates: str, absent: str, num_kept: int
+) -> None:
     chain = extend(EMPTY, cohort)
-    drawn = draw(chain, peers(candidates))
+    drawn = draw(chain, peers(candidates), peers(absent))
     assert len(drawn) == 4
-    assert len(chain.cohort.intersection(drawn)) == num_kept
+    assert len((chain.cohort - {*peers(absent)}).intersection(drawn)) == num_kept
+
+
+def test_places_are_kept_for_those_who_vote() -> None:
+    """Who rested has given up its vote; back in the round it is drawn like a newcomer."""
+    chain = extend(EMPTY, "abcd")
+    everybody = "abcdefghijkl"
+    ranked = sorted("abcd", key=lambda name: rank(chain, peer(name)))
+    rested, voters = ranked[:2], ranked[2:]
+    for name in everybody:
+        others = busy(chain, everybody.replace(name, ""))
+        action = decide(chain, standing(name, is_ready=False), others, NOW, absent=peers(rested))
+        if name in voters:
+            assert action == Finetune()
 
 
 @given(st.sets(st.sampled_from("abcdefghij")), st.sets(st.sampled_from("abcdefghij")))
