@@ -16,8 +16,6 @@ from coordinator.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 POLL_SECONDS = 0.05
 _TIME_IS_UP = "the time limit is reached", 0
 _SIGNALS = {signal.SIGINT: ("interrupted", EXIT_INTERRUPTED), signal.SIGTERM: ("terminated", EXIT_TERMINATED)}
-
-
 _listening: list[StopSwitch] = []
 
 
