@@ -181,7 +181,7 @@ def test_a_wrong_config_is_told(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=words):
             load_profile(tmp_path / "c.toml", "smoke")
     with pytest.raises(
-        UsageError, match=r"no profile 'dawn'; it has: night, again, baselines, variants, smoke$"
+        UsageError, match=r"no profile 'dawn'; it has: night, again, baselines, variants, base, smoke$"
     ):
         load_profile(CONFIG, "dawn")
 
