@@ -640,9 +640,11 @@ class Network:
         return None
 
     async def _stop(self) -> None:
-        for task in list(self._tasks):
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if tasks:  # one that does not end when cancelled must not keep the daemon alive
+            await asyncio.wait(tasks, timeout=SHUTDOWN_TIMEOUT_SECONDS / 4)
         try:
             if self._node is not None:
                 await asyncio.wait_for(self._node.shutdown(), SHUTDOWN_TIMEOUT_SECONDS / 4)

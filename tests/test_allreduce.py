@@ -62,6 +62,7 @@ def _some_fast(cases: Iterable[tuple[Any, ...]], fast: set[Any]) -> list[Any]:
 @pytest.fixture(scope="module")
 def started() -> Iterator[Swarm]:
     """asyncio logs each exception of a task or future that nobody looked at: there must be none."""
+    gc.collect()  # what other tests of this process left is not of this swarm
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage()[:300])  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -307,6 +307,29 @@ def test_a_daemon_that_does_not_start_in_time(tmp_path: Path) -> None:
     with pytest.raises(NetworkError), Network(config):
         pass
     assert children() <= before
+
+
+def test_a_task_that_takes_its_cancelling_lightly_does_not_keep_the_network_from_stopping(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cancelled: list[int] = []
+
+    async def stubborn() -> None:
+        for number in (1, 2):
+            try:
+                await asyncio.sleep(60.0)
+            except asyncio.CancelledError:
+                cancelled.append(number)
+
+    with running_networks(1, tmp_path) as networks:
+        networks[0].run(started(networks[0], stubborn()), timeout_seconds=CALL_SECONDS)
+    assert cancelled == [1, 2]  # at first, and with all that is left when the daemon is gone
+    assert "did not stop in order" not in caplog.text
+
+
+async def started(network: Network, work: Coroutine[Any, Any, None]) -> None:
+    network.create_task(work)
+    await asyncio.sleep(0.1)
 
 
 def test_close_leaves_no_process_and_can_be_repeated(tmp_path: Path) -> None:
