@@ -206,9 +206,9 @@ def load_profile(file: Path, name: str, model: str | None = None) -> Profile:
     if name not in profiles:
         raise UsageError(f"{file} has no profile {name!r}; it has: {', '.join(profiles)}")
     try:
-        base = profiles[profiles[name].pop("based_on")] if "based_on" in profiles[name] else {}
-        own = {**profiles[name], **({"model": model} if model else {})}
-        profile = _profile(name, {**tables, **base, **own})
+        own = profiles[name] | ({"model": model} if model else {})
+        base = own.pop("based_on", None)
+        profile = _profile(name, {**tables, **(profiles[base] if base else {}), **own})
         if unknown := sorted(set(profile.experiments) - set(TITLES)):
             raise ValueError(f"there is no experiment {unknown[0]}")
         if missing := sorted(set(profile.followed_folds) - set(range(len(profile.folds)))):

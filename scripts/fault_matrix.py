@@ -466,11 +466,11 @@ def _main(flags: argparse.Namespace) -> int:
 def _outcome_of(cell: Cell) -> Outcome:
     """Once more where the fault was not injected: the honest donors of a download may have given all of it
     before the faulty ones were asked."""
-    for _ in range(MAX_TRIES - 1):
+    for _ in range(MAX_TRIES):
         outcome = _try(cell)
         if outcome.problems != (NOT_INJECTED,):
-            return outcome
-    return _try(cell)
+            break
+    return outcome
 
 
 def _try(cell: Cell) -> Outcome:

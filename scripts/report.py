@@ -264,7 +264,7 @@ def _of_total(name: str, found: Finding | None, total: int) -> str:
 
 def _gains_table(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:
     """Rows without any figure are named below it."""
-    run = {label: row for label, row in rows.items() if any(row.values())}
+    run = _with_figures(rows)
     missing = [label for label in rows if label not in run]
     told = [f"Not run: {'; '.join(missing)}."] if missing else []
     if not run:
@@ -277,6 +277,12 @@ def _gains_table(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:
         made.append((label, *(known.get(column, "-") for column in columns)))
     table = _table(("model", *(f"{c}; better/worse/equal" for c in columns)), made)
     return [*table, "", *told] if told else table
+
+
+def _with_figures(
+    rows: Mapping[str, Mapping[str, Finding | None]],
+) -> dict[str, Mapping[str, Finding | None]]:
+    return {label: row for label, row in rows.items() if any(row.values())}
 
 
 def _measures(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:
@@ -347,7 +353,7 @@ def _better_table(finding: Finding) -> list[str]:
 
 def _against_as_is(rows: Mapping[str, Mapping[str, Finding | None]]) -> list[str]:
     """Those that were run. Paired: what the data sets gain in any case is not in it."""
-    run = {label: row for label, row in rows.items() if any(row.values())}
+    run = _with_figures(rows)
     if not run:
         return []
     return [f'Each against "{AS_IS}", paired; validation rows:', "", *_gains_table(run), ""]
